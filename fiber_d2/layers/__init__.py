@@ -1,0 +1,18 @@
+"""Operators the model is made of; every one has a pure PyTorch path."""
+
+from .deform_conv import flat_offset_view, modulated_deform_conv2d, resampled_offset_view
+from .drop_block import DropBlock2d
+from .dyrelu import DyReLU, hard_sigmoid
+from .focal_loss import token_sigmoid_focal_loss
+from .nms import class_aware_nms
+
+__all__ = [
+    "DropBlock2d",
+    "DyReLU",
+    "class_aware_nms",
+    "flat_offset_view",
+    "hard_sigmoid",
+    "modulated_deform_conv2d",
+    "resampled_offset_view",
+    "token_sigmoid_focal_loss",
+]

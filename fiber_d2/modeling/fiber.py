@@ -1,0 +1,175 @@
+"""FIBER (arXiv:2206.07643), fine-grained stage: images and captions in, boxes tied to words out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.modeling.proposal_generator import build_proposal_generator
+from detectron2.structures import ImageList, Instances
+from torch import nn
+
+from fiber_d2.structures import Prompt
+
+from .fusion import FusionBackbone
+from .language_head import ATSSLanguageHead
+
+
+def pad_stack(tensors: Sequence[torch.Tensor], value: float = 0) -> torch.Tensor:
+    """Stack tensors of equal rank, padded at the end of every axis to the largest: ``(B, ...)``."""
+    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors))]
+    out = tensors[0].new_full((len(tensors), *shape), value)
+    for row, tensor in zip(out, tensors):
+        row[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
+    return out
+
+
+@META_ARCH_REGISTRY.register()
+class FIBER(nn.Module):
+    """The meta-architecture.
+
+    Inputs are Detectron2's dicts with ``image`` (uint8 or float ``(3, H, W)``, BGR, 0..255) and
+    ``prompt`` (a :class:`~fiber_d2.structures.Prompt`; in evaluation also a list of them, whose
+    results are merged). Training needs ``instances`` with ``gt_boxes`` and ``gt_positive_map``
+    (bool ``(N, T)`` over the prompt's tokens).
+
+    Args:
+        backbone: the two fused towers and the pyramid.
+        head: dynamic head and predictions.
+        pixel_mean, pixel_std: per channel, BGR, on the scale 0..255.
+        prompt_batch_size: image-prompt pairs that pass the fused part together in evaluation;
+            bounds the memory of images with many prompts.
+    """
+
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: FusionBackbone,
+        head: ATSSLanguageHead,
+        pixel_mean: Sequence[float] = (103.53, 116.28, 123.675),
+        pixel_std: Sequence[float] = (57.375, 57.12, 58.395),
+        prompt_batch_size: int = 16,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.prompt_batch_size = prompt_batch_size
+        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        backbone = build_backbone(cfg)
+        return {
+            "backbone": backbone,
+            "head": build_proposal_generator(cfg, backbone.output_shape()),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "prompt_batch_size": cfg.MODEL.FIBER.PROMPT_BATCH_SIZE,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def preprocess_images(self, batched_inputs: Sequence[Mapping[str, Any]]) -> ImageList:
+        """Normalise, then pad with zeros to the batch maximum, a multiple of 32."""
+        images = [
+            (item["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
+            for item in batched_inputs
+        ]
+        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+
+    def pad_prompts(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids int64 and mask bool, ``(P, T)``, padded to the longest prompt."""
+        limit = self.backbone.text.max_tokens
+        for prompt in prompts:
+            if prompt.num_tokens > limit:
+                raise ValueError(
+                    f"The caption {prompt.text[:80]!r}... has {prompt.num_tokens} tokens, but the "
+                    f"text tower holds {limit}: shorten it or split it into several prompts."
+                )
+        pad = self.backbone.text.pad_token_id
+        ids = pad_stack([prompt.input_ids for prompt in prompts], pad)
+        mask = pad_stack([prompt.attention_mask for prompt in prompts], False)
+        return ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
+
+    def forward(
+        self, batched_inputs: Sequence[Mapping[str, Any]]
+    ) -> dict[str, torch.Tensor] | list[dict[str, Instances]]:
+        """Losses in training; in evaluation one ``{"instances": Instances}`` per input, with
+        ``pred_boxes`` in pixels of the original image, ``scores`` and ``pred_classes`` (the
+        prompt's ``target_ids``), by descending score."""
+        if self.training:
+            return self._losses(batched_inputs)
+        return self.inference(batched_inputs)
+
+    def _losses(self, batched_inputs: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        images = self.preprocess_images(batched_inputs)
+        ids, mask = self.pad_prompts([item["prompt"] for item in batched_inputs])
+        features = self.backbone(images.tensor, ids, mask)
+        outputs = self.head(features.pyramid, features.text, mask)
+        instances = [item["instances"] for item in batched_inputs]
+        boxes = pad_stack([x.gt_boxes.tensor for x in instances])
+        valid = pad_stack([torch.ones(len(x), dtype=torch.bool) for x in instances], False)
+        positive_map = pad_stack(
+            [x.gt_positive_map for x in instances]
+            + [torch.zeros(0, ids.shape[1], dtype=torch.bool)],
+            False,
+        )[:-1]
+        return self.head.losses(
+            outputs,
+            mask,
+            *(x.to(self.device, non_blocking=True) for x in (boxes, valid, positive_map)),
+        )
+
+    @torch.no_grad()
+    def inference(self, batched_inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Instances]]:
+        """Detections; what depends on the image alone is computed once for all its prompts."""
+        images = self.preprocess_images(batched_inputs)
+        prompts, image_index = [], []
+        for index, item in enumerate(batched_inputs):
+            given = item["prompt"]
+            given = [given] if isinstance(given, Prompt) else list(given)
+            prompts.extend(given)
+            image_index.extend([index] * len(given))
+        prefix = self.backbone.image_prefix(images.tensor)
+        collected: list[list[Instances]] = [[] for _ in batched_inputs]
+        for start in range(0, len(prompts), self.prompt_batch_size):
+            chunk = slice(start, start + self.prompt_batch_size)
+            results = self._detect(
+                prefix.select(torch.tensor(image_index[chunk], device=self.device)),
+                prompts[chunk],
+                [images.image_sizes[i] for i in image_index[chunk]],
+            )
+            for index, result in zip(image_index[chunk], results):
+                collected[index].append(result)
+        detections = []
+        for item, results in zip(batched_inputs, collected):
+            merged = self.head.postprocessor.merge(results)
+            height, width = merged.image_size
+            resized = detector_postprocess(
+                merged, item.get("height", height), item.get("width", width)
+            )
+            detections.append({"instances": resized})
+        return detections
+
+    def _detect(
+        self, prefix: Any, prompts: Sequence[Prompt], image_sizes: Sequence[tuple[int, int]]
+    ) -> list[Instances]:
+        ids, mask = self.pad_prompts(prompts)
+        features = self.backbone.exchange(prefix, self.backbone.text_prefix(ids, mask), mask)
+        outputs = self.head(features.pyramid, features.text, mask)
+        positive_map = pad_stack([prompt.positive_map for prompt in prompts]).to(self.device)
+        results = self.head.inference(outputs, positive_map, image_sizes)
+        for prompt, result in zip(prompts, results):
+            result.pred_classes = prompt.target_ids.to(self.device)[result.pred_classes]
+        return results

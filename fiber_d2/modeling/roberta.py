@@ -1,0 +1,211 @@
+"""Text tower: RoBERTa (arXiv:1907.11692) with room for the image in its upper layers.
+
+Letters: P captions, T tokens, D text width, S image tokens, C image width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class MultiHeadAttention(nn.Module):
+    """Query, key, value and output projections around scaled dot-product attention.
+
+    Args:
+        dim: width D of queries and of the result.
+        num_heads: heads; D must be a multiple.
+        context_dim: width of the tokens that give keys and values.
+        dropout: on attention probabilities and on the output, in training.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int, context_dim: int, dropout: float) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"Text width {dim} is not a multiple of {num_heads} heads.")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(context_dim, dim)
+        self.value = nn.Linear(context_dim, dim)
+        self.dense = nn.Linear(dim, dim)
+
+    def forward(
+        self, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``x`` (P, T, D), ``context`` (P, S, C), ``mask`` bool (P, S) or None -> (P, T, D)."""
+
+        def split(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        attended = F.scaled_dot_product_attention(
+            split(self.query(x)),
+            split(self.key(context)),
+            split(self.value(context)),
+            attn_mask=None if mask is None else mask[:, None, None, :],
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        attended = self.dense(attended.transpose(1, 2).flatten(2))
+        return F.dropout(attended, self.dropout, self.training)
+
+
+class ImageToTextAttention(nn.Module):
+    """Text side of the exchange: tokens read the whole image, scaled by a learnt ``alpha``."""
+
+    def __init__(self, *, dim: int, num_heads: int, image_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = MultiHeadAttention(
+            dim=dim, num_heads=num_heads, context_dim=image_dim, dropout=dropout
+        )
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """``x`` (P, T, D), ``image`` (P, S, C): no token of the image is masked."""
+        return x + self.alpha * self.attention(x, image, None)
+
+
+class RobertaLayer(nn.Module):
+    """Post-norm transformer layer; fused ones read the image between attention and residual."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        dropout: float,
+        norm_eps: float,
+        image_dim: int | None,
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.attention = MultiHeadAttention(
+            dim=dim, num_heads=num_heads, context_dim=dim, dropout=dropout
+        )
+        self.image_attention = (
+            None
+            if image_dim is None
+            else ImageToTextAttention(
+                dim=dim, num_heads=num_heads, image_dim=image_dim, dropout=dropout
+            )
+        )
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.fc1 = nn.Linear(dim, mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor, image: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``x`` (P, T, D), ``mask`` bool (P, T), ``image`` (P, S, C) for fused layers."""
+        attended = self.attention(x, x, mask)
+        if self.image_attention is not None:
+            attended = self.image_attention(attended, image)
+        x = self.norm1(attended + x)
+        hidden = self.fc2(F.gelu(self.fc1(x)))
+        return self.norm2(F.dropout(hidden, self.dropout, self.training) + x)
+
+
+class RobertaEmbeddings(nn.Module):
+    """Word, position and token-type embeddings; positions count the real tokens."""
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        dim: int,
+        max_positions: int,
+        pad_token_id: int,
+        dropout: float,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.pad_token_id = pad_token_id
+        self.dropout = dropout
+        self.word = nn.Embedding(vocab_size, dim, padding_idx=pad_token_id)
+        self.position = nn.Embedding(max_positions, dim, padding_idx=pad_token_id)
+        self.token_type = nn.Embedding(1, dim)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """int64 ``(P, T)`` to ``(P, T, D)``."""
+        real = (input_ids != self.pad_token_id).long()
+        positions = real.cumsum(dim=1) * real + self.pad_token_id
+        x = self.word(input_ids) + self.position(positions) + self.token_type.weight[0]
+        return F.dropout(self.norm(x), self.dropout, self.training)
+
+
+class RobertaEncoder(nn.Module):
+    """The tower's parts; :class:`~fiber_d2.modeling.fusion.FusionBackbone` sets the order.
+
+    Args:
+        vocab_size: entries of the tokenizer.
+        dim, num_layers, num_heads, mlp_dim: the usual sizes.
+        max_positions: longest caption plus 2 (positions start after the padding index).
+        image_dims: width of the image tokens that each of the last ``len(image_dims)`` layers
+            reads, in order; the layers before them read text alone.
+        dropout: hidden and attention dropout in training.
+        pad_token_id: vocabulary index of the padding.
+        norm_eps: of every LayerNorm.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 50265,
+        dim: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        mlp_dim: int = 3072,
+        max_positions: int = 514,
+        image_dims: Sequence[int] = (512, 512, 512, 512, 1024, 1024),
+        dropout: float = 0.1,
+        pad_token_id: int = 1,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        if len(image_dims) > num_layers:
+            raise ValueError(
+                f"{len(image_dims)} fused text layers do not fit in {num_layers} layers."
+            )
+        self.dim = dim
+        self.pad_token_id = pad_token_id
+        self.num_text_only = num_layers - len(image_dims)
+        self.embeddings = RobertaEmbeddings(
+            vocab_size=vocab_size,
+            dim=dim,
+            max_positions=max_positions,
+            pad_token_id=pad_token_id,
+            dropout=dropout,
+            norm_eps=norm_eps,
+        )
+        self.layers = nn.ModuleList(
+            RobertaLayer(
+                dim=dim,
+                num_heads=num_heads,
+                mlp_dim=mlp_dim,
+                dropout=dropout,
+                norm_eps=norm_eps,
+                image_dim=image_dim,
+            )
+            for image_dim in (None,) * self.num_text_only + tuple(image_dims)
+        )
+        self.apply(_init_weights)
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest caption the position embeddings hold."""
+        return self.embeddings.position.num_embeddings - self.pad_token_id - 1
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        elif module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()

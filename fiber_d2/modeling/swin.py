@@ -1,0 +1,339 @@
+"""Vision tower: Swin transformer (arXiv:2103.14030) with room for text in its window attention.
+
+Letters: B images, P image-caption pairs, H x W tokens of a stage, C its width, N tokens of a
+window, T text tokens. Token maps are channel-last, ``(B, H, W, C)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, trunc_normal_
+from torch import nn
+
+NORM_EPS = 1e-5
+
+
+def window_partition(x: torch.Tensor, window: int) -> torch.Tensor:
+    """``(B, H, W, C)`` with H and W multiples of ``window`` to ``(B, windows, N, C)``."""
+    batch, height, width, channels = x.shape
+    x = x.view(batch, height // window, window, width // window, window, channels)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(batch, -1, window * window, channels)
+
+
+def window_reverse(x: torch.Tensor, window: int, height: int, width: int) -> torch.Tensor:
+    """Inverse of :func:`window_partition`."""
+    batch, _, _, channels = x.shape
+    x = x.view(batch, height // window, width // window, window, window, channels)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(batch, height, width, channels)
+
+
+def shifted_window_mask(
+    height: int, width: int, window: int, shift: int, device: torch.device
+) -> torch.Tensor:
+    """Additive mask ``(windows, N, N)``: -100 between regions that only the shift made neighbours.
+
+    ``height`` and ``width`` are those of the padded map. The mask exists also when the map is a
+    single window, as in the original.
+    """
+
+    def regions(size: int) -> torch.Tensor:
+        position = torch.arange(size, device=device)
+        return (position >= size - window).int() + (position >= size - shift).int()
+
+    label = regions(height)[:, None] * 3 + regions(width)[None, :]
+    label = window_partition(label[None, :, :, None], window)[0, :, :, 0]  # (windows, N)
+    return (label[:, :, None] != label[:, None, :]).float() * -100.0
+
+
+class TextToWindowAttention(nn.Module):
+    """Image side of the exchange: window tokens read the caption.
+
+    ``x + alpha * proj(attention(query(x), key(text), value(text)))``; every window reads the same
+    text, so keys and values are computed once per pair. ``alpha`` starts at 0.
+
+    Args:
+        dim: width C of the image tokens.
+        text_dim: width D of the text tokens.
+        num_heads: heads of the block.
+        query_norm: LayerNorm before the query projection (FIBER v3).
+    """
+
+    def __init__(self, *, dim: int, text_dim: int, num_heads: int, query_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if query_norm else nn.Identity()
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(text_dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+        """``x`` (P, windows, N, C), ``text`` (P, T, D), ``text_mask`` bool (P, T) -> like ``x``."""
+        pairs, windows, tokens, dim = x.shape
+        heads = self.num_heads
+        query = self.query(self.norm(x)).view(pairs, windows * tokens, heads, dim // heads)
+        key_value = self.key_value(text).view(pairs, -1, 2, heads, dim // heads)
+        key, value = key_value.permute(2, 0, 3, 1, 4)  # each (P, heads, T, d)
+        attended = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key, value, attn_mask=text_mask[:, None, None, :]
+        )
+        attended = attended.transpose(1, 2).reshape(pairs, windows, tokens, dim)
+        return x + self.alpha * self.proj(attended)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention within windows, with relative position bias."""
+
+    relative_position_index: torch.Tensor
+
+    def __init__(
+        self, *, dim: int, window: int, num_heads: int, text_attention: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.window = window
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((2 * window - 1) ** 2, num_heads)
+        )
+        position = torch.stack(
+            torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        ).flatten(1)
+        delta = position[:, :, None] - position[:, None, :] + window - 1  # (2, N, N)
+        index = delta[0] * (2 * window - 1) + delta[1]
+        self.register_buffer("relative_position_index", index, persistent=False)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.text_attention = text_attention
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        shift_mask: torch.Tensor | None,
+        text: torch.Tensor | None,
+        text_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """``x`` (P, windows, N, C); ``shift_mask`` (windows, N, N) or None -> like ``x``."""
+        pairs, windows, tokens, dim = x.shape
+        qkv = self.qkv(x).view(pairs, windows, tokens, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = qkv.permute(3, 0, 1, 4, 2, 5)  # each (P, windows, heads, N, d)
+        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
+        bias = bias.view(tokens, tokens, self.num_heads).permute(2, 0, 1)
+        scores = (query * self.scale) @ key.transpose(-2, -1) + bias
+        if shift_mask is not None:
+            scores = scores + shift_mask[:, None]
+        attended = scores.float().softmax(dim=-1).to(value.dtype) @ value
+        x = self.proj(attended.transpose(2, 3).reshape(pairs, windows, tokens, dim))
+        if self.text_attention is not None:
+            x = self.text_attention(x, text, text_mask)
+        return x
+
+
+class SwinBlock(nn.Module):
+    """(Shifted) window attention and MLP, both with residual.
+
+    Args:
+        dim: width C.
+        num_heads: attention heads.
+        window: window side in tokens, kept also on smaller maps.
+        shift: cyclic shift in tokens, 0 for none.
+        mlp_ratio: hidden width of the MLP over C.
+        drop_path: probability that the whole attention branch (text included) or the MLP branch
+            is dropped for a sample in training.
+        text_attention: module for fused blocks, None for image-only ones.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        window: int,
+        shift: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        text_attention: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.window = window
+        self.shift = shift
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = WindowAttention(
+            dim=dim, window=window, num_heads=num_heads, text_attention=text_attention
+        )
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        text: torch.Tensor | None = None,
+        text_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``x`` (P, H, W, C), ``text`` (P, T, D), ``text_mask`` bool (P, T) -> like ``x``."""
+        height, width = x.shape[1:3]
+        window, shift = self.window, self.shift
+        shortcut = x
+        # Padding is zeros after the norm and takes part in the attention (not masked).
+        x = F.pad(self.norm1(x), (0, 0, 0, -width % window, 0, -height % window))
+        padded_h, padded_w = x.shape[1:3]
+        mask = None
+        if shift:
+            x = torch.roll(x, (-shift, -shift), dims=(1, 2))
+            mask = shifted_window_mask(padded_h, padded_w, window, shift, x.device).to(x.dtype)
+        x = self.attn(window_partition(x, window), mask, text, text_mask)
+        x = window_reverse(x, window, padded_h, padded_w)
+        if shift:
+            x = torch.roll(x, (shift, shift), dims=(1, 2))
+        x = shortcut + self.drop_path(x[:, :height, :width])
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchMerging(nn.Module):
+    """Halves height and width, doubles the width of the tokens."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, eps=NORM_EPS)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, H, W, C)`` with even H and W to ``(B, H/2, W/2, 2C)``."""
+        # Neighbours in the order (row, column) = (0, 0), (1, 0), (0, 1), (1, 1).
+        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
+        return self.reduction(self.norm(x))
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens, with LayerNorm."""
+
+    def __init__(self, *, patch_size: int, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """``(B, 3, H, W)`` to ``(B, H/patch, W/patch, C)``."""
+        return self.norm(self.proj(images).permute(0, 2, 3, 1))
+
+
+class SwinStage(nn.Module):
+    """Blocks of one resolution, and the merging that leads to the next one (or None)."""
+
+    def __init__(self, blocks: Sequence[SwinBlock], downsample: PatchMerging | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+
+class SwinTransformer(nn.Module):
+    """The tower's parts; :class:`~fiber_d2.modeling.fusion.FusionBackbone` sets the order.
+
+    Args:
+        embed_dim: width of stage 1, doubled by every later stage.
+        depths: blocks per stage.
+        num_heads: heads per stage.
+        window: window side in tokens.
+        fused_blocks: per stage, how many of its last blocks read the text.
+        text_dim: width of the text tokens those blocks read.
+        query_norm: the extra LayerNorm of FIBER v3.
+        mlp_ratio: hidden width of the MLPs over the block's.
+        drop_path: rate of the last block; grows linearly from 0 over all blocks.
+        patch_size: side of a patch in pixels.
+        in_channels: image channels.
+        frozen_stages: -1 trains all; 0 freezes the patch embedding; n >= 2 also stages 1..n-1
+            (counted from 1, their patch merging included).
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 128,
+        depths: Sequence[int] = (2, 2, 18, 2),
+        num_heads: Sequence[int] = (4, 8, 16, 32),
+        window: int = 12,
+        fused_blocks: Sequence[int] = (0, 0, 4, 2),
+        text_dim: int = 768,
+        query_norm: bool = False,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.4,
+        patch_size: int = 4,
+        in_channels: int = 3,
+        frozen_stages: int = -1,
+    ) -> None:
+        super().__init__()
+        if not len(depths) == len(num_heads) == len(fused_blocks):
+            raise ValueError(
+                f"depths {tuple(depths)}, num_heads {tuple(num_heads)} and fused_blocks "
+                f"{tuple(fused_blocks)} must name the same number of stages."
+            )
+        for stage, (depth, fused) in enumerate(zip(depths, fused_blocks)):
+            if not 0 <= fused <= depth:
+                raise ValueError(
+                    f"Stage {stage + 1} has {depth} blocks, {fused} of them cannot be fused."
+                )
+        self.patch_size = patch_size
+        self.depths = tuple(depths)
+        self.fused_blocks = tuple(fused_blocks)
+        self.dims = tuple(embed_dim * 2**stage for stage in range(len(depths)))
+        self.frozen_stages = frozen_stages
+        rates = torch.linspace(0, drop_path, sum(depths)).tolist()
+        self.patch_embed = PatchEmbed(patch_size=patch_size, in_channels=in_channels, dim=embed_dim)
+        stages = []
+        for stage, dim in enumerate(self.dims):
+            blocks = []
+            for block in range(depths[stage]):
+                fused = block >= depths[stage] - fused_blocks[stage]
+                blocks.append(
+                    SwinBlock(
+                        dim=dim,
+                        num_heads=num_heads[stage],
+                        window=window,
+                        shift=window // 2 if block % 2 else 0,
+                        mlp_ratio=mlp_ratio,
+                        drop_path=rates[sum(depths[:stage]) + block],
+                        text_attention=TextToWindowAttention(
+                            dim=dim,
+                            text_dim=text_dim,
+                            num_heads=num_heads[stage],
+                            query_norm=query_norm,
+                        )
+                        if fused
+                        else None,
+                    )
+                )
+            last = stage == len(depths) - 1
+            stages.append(SwinStage(blocks, None if last else PatchMerging(dim)))
+        self.stages = nn.ModuleList(stages)
+        # Outputs of every stage but the first are normalised for the pyramid.
+        self.out_norms = nn.ModuleList(nn.LayerNorm(dim, eps=NORM_EPS) for dim in self.dims[1:])
+        self.apply(_init_weights)
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        modules: list[nn.Module] = []
+        if self.frozen_stages >= 0:
+            modules.append(self.patch_embed)
+        if self.frozen_stages >= 2:
+            modules.extend(self.stages[: self.frozen_stages - 1])
+        return modules
+
+    def train(self, mode: bool = True) -> SwinTransformer:
+        """As usual, but frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
