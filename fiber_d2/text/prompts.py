@@ -216,8 +216,8 @@ def _word_classes(
         return [(parts[0], name, parts[1]) for name in cleaned]
     if len(templates) < len(class_names):
         raise ValueError(
-            f"There are {len(templates)} templates for {len(class_names)} classes; each class needs "
-            "its own, in the order of the classes."
+            f"There are {len(templates)} templates for {len(class_names)} classes; every class "
+            "needs its own, in the order of the classes."
         )
     return [
         (entry.get("prefix", ""), entry.get("name", name), entry.get("suffix", ""))

@@ -1,0 +1,349 @@
+"""Loaders: names of data sets in, batches of model inputs out."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, DatasetFromList, MapDataset, MetadataCatalog
+from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
+from detectron2.data.samplers import InferenceSampler
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from transformers import PreTrainedTokenizerFast
+
+from fiber_d2.text import load_tokenizer
+from fiber_d2.text.prompts import Templates
+
+from .builtin import DETECTION, GROUNDING, REFEXP
+from .mapper import (
+    Augmentations,
+    DetectionPrompter,
+    FiberDatasetMapper,
+    GroundingPrompter,
+    Prompter,
+)
+from .samplers import TrainingBatchSampler, TrainingStream
+
+logger = logging.getLogger(__name__)
+
+# A box must be larger than this many pixels in both directions to be learned from.
+MIN_BOX_SIDE = 1
+# Records whose prompts are tried out before anything is computed; spread over the data set.
+MAX_CHECKED = 10_000
+# Image files that are looked for before anything is computed.
+MAX_CHECKED_FILES = 16
+
+
+def build_train_loader(
+    *,
+    datasets: Sequence[str],
+    tokenizer: str,
+    augmentations: Augmentations,
+    total_batch_size: int,
+    num_workers: int = 2,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    start_index: int = 0,
+    max_tokens: int = 256,
+    separator: str = ". ",
+    shuffle_classes: bool = False,
+    filter_empty: bool = True,
+    swap_left_right: bool = True,
+    on_empty: str = "error",
+    aspect_ratio_grouping: bool = False,
+    image_format: str = "BGR",
+) -> DataLoader:
+    """An endless loader of training batches over one data set or a mixture.
+
+    All processes draw from one global stream that is a function of ``seed``: neither the number
+    of processes nor that of workers changes which images, in which augmentation, make up a step,
+    and ``start_index`` enters the stream at a later step.
+
+    Args:
+        datasets: names in the catalogue.
+        tokenizer: as of :func:`~fiber_d2.text.load_tokenizer`.
+        augmentations: Detectron2 augmentations.
+        total_batch_size: images per step over all processes.
+        num_workers: loading processes of each training process.
+        weights: share of draws of each data set; None draws all images equally often.
+        seed: of order and augmentations, not negative.
+        start_index: number of steps already done.
+        max_tokens: limit of a caption's tokens, special tokens included.
+        separator: stands between the classes of a detection caption.
+        shuffle_classes: draw a new order of the classes for each detection image.
+        filter_empty: leave out images without a box larger than a pixel that is no crowd.
+        swap_left_right: exchange the words left and right in captions of mirrored images.
+        on_empty: ``"error"`` where the spans of a phrase meet no token, or ``"keep"`` such a box
+            without words.
+        aspect_ratio_grouping: make batches of wide or of tall images only.
+        image_format: channel order.
+
+    Returns:
+        Loader of ``list[dict]``, see :class:`~fiber_d2.data.mapper.FiberDatasetMapper`.
+
+    Raises:
+        KeyError: a name is not registered.
+        FileNotFoundError: an annotation file or images are missing.
+        ValueError: a data set has no usable image, or prompts that cannot be made.
+    """
+    if isinstance(datasets, str):
+        datasets = [datasets]
+    if not datasets:
+        raise ValueError("There is no training data set: name at least one in `datasets`.")
+    loaded_tokenizer = load_tokenizer(tokenizer)
+    mapped: list[Dataset] = []
+    groups: list[int] = []
+    for name in datasets:
+        records = load_records(name)
+        if filter_empty:
+            records = filter_records(records, name)
+        prompter = build_prompter(
+            name,
+            records,
+            loaded_tokenizer,
+            max_tokens=max_tokens,
+            separator=separator,
+            shuffle=shuffle_classes,
+            on_empty=on_empty,
+        )
+        mapper = FiberDatasetMapper(
+            is_train=True,
+            prompter=prompter,
+            augmentations=augmentations,
+            image_format=image_format,
+            swap_left_right=swap_left_right,
+        )
+        check_dataset(records, mapper, name)
+        logger.info("Training data set %s: %d images", name, len(records))
+        groups.extend(int(record["width"] > record["height"]) for record in records)
+        mapped.append(MapDataset(DatasetFromList(records, copy=False), mapper))
+    sampler = TrainingBatchSampler(
+        TrainingStream([len(part) for part in mapped], weights=weights, seed=seed),
+        total_batch_size=total_batch_size,
+        start_index=start_index,
+        groups=groups if aspect_ratio_grouping else None,
+    )
+    return DataLoader(
+        _SeededDataset(ConcatDataset(mapped), seed),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=trivial_batch_collator,
+        worker_init_fn=worker_init_reset_seed,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def build_test_loader(
+    *,
+    dataset: str,
+    tokenizer: str,
+    augmentations: Augmentations,
+    batch_size: int = 1,
+    num_workers: int = 2,
+    max_tokens: int = 256,
+    max_classes: int | None = None,
+    separator: str = ". ",
+    templates: Templates | None = None,
+    image_format: str = "BGR",
+) -> DataLoader:
+    """A loader that shows each image of a data set once, each process its share.
+
+    Images without boxes are kept. Detectron2's own function serves single images only in some of
+    its versions; this one does the same for batches.
+
+    Args:
+        dataset: name in the catalogue.
+        tokenizer: as of :func:`~fiber_d2.text.load_tokenizer`.
+        augmentations: Detectron2 augmentations.
+        batch_size: images per batch of each process.
+        num_workers: loading processes of each process.
+        max_tokens: limit of a caption's tokens, special tokens included.
+        max_classes: limit of the classes of one detection caption.
+        separator, templates: as of :func:`~fiber_d2.text.build_detection_prompts`.
+        image_format: channel order.
+
+    Returns:
+        Loader of ``list[dict]``; ``prompt`` is a list where one caption cannot hold all classes.
+
+    Raises:
+        KeyError, FileNotFoundError, ValueError: as of :func:`build_train_loader`.
+    """
+    records = load_records(dataset)
+    prompter = build_prompter(
+        dataset,
+        records,
+        load_tokenizer(tokenizer),
+        max_tokens=max_tokens,
+        max_classes=max_classes,
+        separator=separator,
+        templates=templates,
+    )
+    mapper = FiberDatasetMapper(
+        is_train=False, prompter=prompter, augmentations=augmentations, image_format=image_format
+    )
+    check_dataset(records, mapper, dataset)
+    return DataLoader(
+        MapDataset(DatasetFromList(records, copy=False), mapper),
+        batch_size=batch_size,
+        sampler=InferenceSampler(len(records)),
+        num_workers=num_workers,
+        collate_fn=trivial_batch_collator,
+    )
+
+
+def load_records(name: str) -> list[dict[str, Any]]:
+    """The records of a registered data set.
+
+    Raises:
+        KeyError: the name is not registered.
+        ValueError: the data set is empty.
+    """
+    known = DatasetCatalog.list()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise KeyError(
+            f"The data set {name!r} is not registered.{hint} One's own data are registered by "
+            "fiber_d2.data.register_coco_json(name, json_file, image_root)."
+        )
+    records = DatasetCatalog.get(name)
+    if len(records) == 0:
+        raise ValueError(f"The data set {name!r} holds no image.")
+    return records
+
+
+def filter_records(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The records with a box to learn from.
+
+    Raises:
+        ValueError: there is none; says why.
+    """
+
+    def usable(annotation: dict[str, Any]) -> bool:
+        x, y, right, bottom = annotation["bbox"]
+        if annotation["bbox_mode"] == BoxMode.XYXY_ABS:
+            right, bottom = right - x, bottom - y
+        return not annotation.get("iscrowd", 0) and min(right, bottom) > MIN_BOX_SIDE
+
+    kept = [r for r in records if any(usable(a) for a in r.get("annotations", ()))]
+    if not kept:
+        bare = sum(not record.get("annotations") for record in records)
+        raise ValueError(
+            f"The data set {name!r} has nothing to learn from: of its {len(records)} images {bare} "
+            f"have no annotation, the others only crowds or boxes of at most {MIN_BOX_SIDE} pixel. "
+            "Check that it is the right annotation file (set filter_empty=False to train without "
+            "any box)."
+        )
+    if len(kept) < len(records):
+        logger.info("%s: left out %d images without a usable box", name, len(records) - len(kept))
+    return kept
+
+
+def build_prompter(
+    name: str,
+    records: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_tokens: int = 256,
+    max_classes: int | None = None,
+    separator: str = ". ",
+    templates: Templates | None = None,
+    shuffle: bool = False,
+    on_empty: str = "error",
+) -> Prompter:
+    """The prompter that fits a data set: by its metadata ``ground_truth``, else by its records.
+
+    Raises:
+        ValueError: the kind is unknown, classes are not named, or a class has no token.
+    """
+    metadata = MetadataCatalog.get(name)
+    kind = metadata.get("ground_truth", GROUNDING if "caption" in records[0] else DETECTION)
+    if kind in (GROUNDING, REFEXP):
+        return GroundingPrompter(
+            tokenizer,
+            max_tokens=max_tokens,
+            whole_caption=kind == REFEXP,
+            on_empty=on_empty,
+        )
+    if kind != DETECTION:
+        raise ValueError(
+            f"The data set {name!r} has the metadata ground_truth={kind!r}, which is none of "
+            f"{DETECTION}, {GROUNDING}, {REFEXP}."
+        )
+    if not metadata.get("thing_classes"):
+        raise ValueError(
+            f"The data set {name!r} does not name its classes: set thing_classes in its metadata."
+        )
+    try:
+        return DetectionPrompter(
+            tokenizer,
+            metadata.thing_classes,
+            separator=separator,
+            max_tokens=max_tokens,
+            max_classes=max_classes,
+            templates=templates,
+            shuffle=shuffle,
+        )
+    except ValueError as error:
+        raise ValueError(f"Data set {name!r}: {error}") from error
+
+
+def check_dataset(records: Sequence[dict[str, Any]], mapper: FiberDatasetMapper, name: str) -> None:
+    """Make the prompts of up to 10,000 records and look for some images, before hours of compute.
+
+    Raises:
+        FileNotFoundError: an image is missing.
+        ValueError: a prompt cannot be made; names data set, image and reason.
+    """
+    for record in _spread(records, MAX_CHECKED_FILES):
+        if not PathManager.isfile(record["file_name"]):
+            raise FileNotFoundError(
+                f"The data set {name!r} lacks the image {record['file_name']}: check its image "
+                "folder; datasets/README.md shows where images belong."
+            )
+    for record in _spread(records, MAX_CHECKED):
+        try:
+            mapper.check(record)
+        except ValueError as error:
+            raise ValueError(f"Data set {name!r}: {error}") from error
+
+
+def _spread(records: Sequence[dict[str, Any]], limit: int) -> Iterator[dict[str, Any]]:
+    count = min(limit, len(records))
+    yield from (records[i * len(records) // count] for i in range(count))
+
+
+class _SeededDataset(Dataset):
+    """Maps ``(position, index)``; random numbers depend on the position alone."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        position, index = item
+        with _seeded(int(np.random.SeedSequence([self.seed, position]).generate_state(1)[0])):
+            return self.dataset[index]
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the random number generators for a while; those of the training itself go on after."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the GPU's as well
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

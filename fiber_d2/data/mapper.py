@@ -1,0 +1,310 @@
+"""Dataset record -> model input: the image, its prompt, and boxes tied to the prompt's tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol, Union
+
+import numpy as np
+import torch
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from detectron2.structures import Boxes, Instances
+from PIL import UnidentifiedImageError
+from transformers import PreTrainedTokenizerFast
+
+from fiber_d2.structures import Prompt
+from fiber_d2.text import build_detection_prompts, build_grounding_prompt
+from fiber_d2.text.prompts import Templates
+
+from .transforms import count_horizontal_flips, mirror_caption
+
+Prompts = Union[Prompt, list[Prompt]]
+Augmentations = Sequence[Union[T.Augmentation, T.Transform]]
+
+
+class Prompter(Protocol):
+    """Words the question about an image."""
+
+    def for_training(self, record: dict[str, Any]) -> tuple[Prompt, list[int]]:
+        """The prompt, and for each annotation of the record the row of its target."""
+
+    def for_evaluation(self, record: dict[str, Any]) -> Prompts:
+        """The prompt, or the list of them where one cannot hold all targets."""
+
+    def check(self, record: dict[str, Any], *, is_train: bool) -> None:
+        """Raise ValueError where the record's prompt cannot be made. Cheap and repeatable."""
+
+
+class DetectionPrompter:
+    """Asks for all the classes of a data set; prompts are made once.
+
+    Args:
+        tokenizer: from :func:`~fiber_d2.text.load_tokenizer`.
+        class_names: names by contiguous id.
+        separator, max_tokens, max_classes, templates: as of
+            :func:`~fiber_d2.text.build_detection_prompts`.
+        shuffle: in training, draw a new order of the classes for each image (numpy's generator).
+
+    Raises:
+        ValueError: a class has no token, or exceeds ``max_tokens`` alone.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        class_names: Sequence[str],
+        *,
+        separator: str = ". ",
+        max_tokens: int = 256,
+        max_classes: int | None = None,
+        templates: Templates | None = None,
+        shuffle: bool = False,
+    ) -> None:
+        if shuffle and templates is not None and not isinstance(templates, str):
+            raise ValueError("Classes with a template each cannot be shuffled.")
+        self.tokenizer = tokenizer
+        self.class_names = list(class_names)
+        self.max_tokens = max_tokens
+        self.shuffle = shuffle
+        self._options: dict[str, Any] = {
+            "separator": separator,
+            "max_tokens": max_tokens,
+            "max_classes": max_classes,
+            "templates": templates,
+        }
+        self.prompts = build_detection_prompts(tokenizer, self.class_names, **self._options)
+
+    def for_training(self, record: dict[str, Any]) -> tuple[Prompt, list[int]]:
+        """One prompt with all classes; rows follow the contiguous ids.
+
+        Raises:
+            ValueError: one caption cannot hold all the classes, or a category id is no class.
+        """
+        self.check(record, is_train=True)
+        order = np.arange(len(self.class_names))
+        prompts = self.prompts
+        if self.shuffle:
+            order = np.random.permutation(len(order))
+            names = [self.class_names[index] for index in order]
+            prompts = build_detection_prompts(self.tokenizer, names, **self._options)
+            # An order can need a token more than another: the first name has no space before it.
+            self._check_one_prompt(len(prompts))
+        prompt = replace(prompts[0], target_ids=torch.from_numpy(order.astype(np.int64)))
+        row_of = np.argsort(order).tolist()
+        return prompt, [row_of[a["category_id"]] for a in record.get("annotations", ())]
+
+    def for_evaluation(self, record: dict[str, Any]) -> Prompts:
+        return self.prompts[0] if len(self.prompts) == 1 else self.prompts
+
+    def check(self, record: dict[str, Any], *, is_train: bool) -> None:
+        if not is_train:
+            return
+        self._check_one_prompt(len(self.prompts))
+        for annotation in record.get("annotations", ()):
+            if not 0 <= annotation["category_id"] < len(self.class_names):
+                raise ValueError(
+                    f"category_id {annotation['category_id']} is none of the contiguous class ids "
+                    f"0 to {len(self.class_names) - 1}."
+                )
+
+    def _check_one_prompt(self, needed: int) -> None:
+        if needed != 1:
+            raise ValueError(
+                f"{len(self.class_names)} classes need {needed} captions of at most "
+                f"{self.max_tokens} tokens, but training shows all of them in one: raise "
+                "max_tokens (and max_classes), or shorten or remove classes."
+            )
+
+
+class GroundingPrompter:
+    """Asks for the phrases of the record's own caption.
+
+    Args:
+        tokenizer: from :func:`~fiber_d2.text.load_tokenizer`.
+        max_tokens: limit of the caption's tokens, special tokens included.
+        whole_caption: read an empty ``tokens_positive`` as the whole caption, which is right for
+            referring expressions; otherwise such a box is tied to no word.
+        on_empty: ``"error"`` where spans meet no token, or ``"keep"``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        max_tokens: int = 256,
+        whole_caption: bool = False,
+        on_empty: str = "error",
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.whole_caption = whole_caption
+        self.on_empty = on_empty
+
+    def _prompt(self, caption: str, targets: Sequence[Sequence[Sequence[int]]]) -> Prompt:
+        return build_grounding_prompt(
+            self.tokenizer,
+            caption,
+            targets,
+            max_tokens=self.max_tokens,
+            on_empty=self.on_empty,
+        )
+
+    def _targets(self, record: dict[str, Any]) -> list[tuple[tuple[int, int], ...]]:
+        """The spans of each annotation."""
+        caption = record["caption"]
+        ends = (len(caption) - len(caption.lstrip()), len(caption.rstrip()))
+        whole = (ends,) if self.whole_caption else ()
+        given = (a.get("tokens_positive", ()) for a in record.get("annotations", ()))
+        return [tuple((begin, end) for begin, end in spans) or whole for spans in given]
+
+    def for_training(self, record: dict[str, Any]) -> tuple[Prompt, list[int]]:
+        """One target for each different set of spans among the annotations."""
+        per_annotation = self._targets(record)
+        targets = list(dict.fromkeys(per_annotation))
+        row_of = {target: row for row, target in enumerate(targets)}
+        prompt = self._prompt(record["caption"], targets)
+        return prompt, [row_of[target] for target in per_annotation]
+
+    def for_evaluation(self, record: dict[str, Any]) -> Prompt:
+        """Targets are the phrases of ``tokens_positive_eval``; without it, as in training."""
+        if "tokens_positive_eval" in record:
+            return self._prompt(record["caption"], record["tokens_positive_eval"])
+        return self.for_training(record)[0]
+
+    def check(self, record: dict[str, Any], *, is_train: bool) -> None:
+        if is_train:
+            self.for_training(record)
+        else:
+            self.for_evaluation(record)
+
+
+class FiberDatasetMapper:
+    """Turns a dataset record into a model input.
+
+    1. copies the record and reads its image;
+    2. applies the augmentations to image and boxes;
+    3. where the image was mirrored, exchanges left and right in the caption;
+    4. words the prompt and, in training, ties each box to its tokens.
+
+    Args:
+        is_train: add ``instances`` (without crowds and boxes that the augmentations left empty).
+        prompter: words the prompt.
+        augmentations: Detectron2 augmentations.
+        image_format: channel order of the image, ``"BGR"`` or ``"RGB"``.
+        swap_left_right: whether step 3 is done. Class names are never changed.
+    """
+
+    def __init__(
+        self,
+        *,
+        is_train: bool,
+        prompter: Prompter,
+        augmentations: Augmentations,
+        image_format: str = "BGR",
+        swap_left_right: bool = True,
+    ) -> None:
+        self.is_train = is_train
+        self.prompter = prompter
+        self.augmentations = T.AugmentationList(list(augmentations))
+        self.image_format = image_format
+        self.swap_left_right = swap_left_right
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        """
+        Args:
+            record: one entry of a data set; it is not changed.
+
+        Returns:
+            The record with ``image`` (uint8, (3, H, W)) and ``prompt``; ``height`` and ``width``
+            stay those of the file. In training with ``instances`` of image size (H, W):
+            ``gt_boxes`` (XYXY, pixels of ``image``), ``gt_classes`` int64 (N,), the ``target_ids``
+            of the boxes, and ``gt_positive_map`` bool (N, T) over the prompt's tokens.
+
+        Raises:
+            FileNotFoundError: there is no image.
+            ValueError: the image cannot be read or has another size than the record says, or
+                the prompt cannot be made.
+        """
+        record = copy.deepcopy(record)
+        image = read_image(record, self.image_format)
+        utils.check_image_size(record, image)
+        augmented = T.AugInput(image)
+        transforms = self.augmentations(augmented)
+        image = augmented.image
+        if self.swap_left_right and "caption" in record and count_horizontal_flips(transforms) % 2:
+            mirror_caption(record)
+        record["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if self.is_train:
+            self._add_targets(record, transforms, image.shape[:2])
+        else:
+            record["prompt"] = _named(record, self.prompter.for_evaluation)
+        record.pop("annotations", None)
+        record.pop("tokens_positive_eval", None)
+        return record
+
+    def check(self, record: dict[str, Any]) -> None:
+        """Make the record's prompt without reading its image, for what that raises."""
+        check = partial(self.prompter.check, is_train=self.is_train)
+        _named(record, check)
+        if self.is_train and self.swap_left_right and "caption" in record:
+            mirrored = copy.deepcopy(record)
+            mirror_caption(mirrored)
+            if mirrored["caption"] != record["caption"]:
+                _named(mirrored, check)
+
+    def _add_targets(
+        self, record: dict[str, Any], transforms: T.TransformList, image_size: tuple[int, int]
+    ) -> None:
+        record["annotations"] = [
+            a for a in record.get("annotations", ()) if not a.get("iscrowd", 0)
+        ]
+        prompt, rows = _named(record, self.prompter.for_training)
+        boxes = [
+            utils.transform_instance_annotations(
+                {"bbox": annotation["bbox"], "bbox_mode": annotation["bbox_mode"]},
+                transforms,
+                image_size,
+            )["bbox"]
+            for annotation in record["annotations"]
+        ]
+        index = torch.tensor(rows, dtype=torch.int64)
+        instances = Instances(image_size)
+        instances.gt_boxes = Boxes(torch.tensor(np.array(boxes).reshape(-1, 4)).float())
+        instances.gt_classes = prompt.target_ids[index]
+        instances.gt_positive_map = prompt.positive_map[index] > 0
+        record["prompt"] = prompt
+        record["instances"] = instances[instances.gt_boxes.nonempty()]
+
+
+def _named(record: dict[str, Any], make: Callable[[dict[str, Any]], Any]) -> Any:
+    """``make(record)``, with the image named where that fails."""
+    try:
+        return make(record)
+    except ValueError as error:
+        raise ValueError(f"Image {record['image_id']!r}: {error}") from error
+
+
+def read_image(record: dict[str, Any], image_format: str) -> np.ndarray:
+    """The image of a record, ``(H, W, 3)`` uint8.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no image, or is damaged.
+    """
+    path = record["file_name"]
+    try:
+        return utils.read_image(path, format=image_format)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"The image {path} (id {record.get('image_id')!r}) does not exist: check the image "
+            "folder of the data set."
+        ) from error
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(
+            f"The image {path} (id {record.get('image_id')!r}) cannot be read, it is damaged or no "
+            f"image: {error}"
+        ) from error
