@@ -1,0 +1,69 @@
+"""Two processes with an overlapping share of the images score what one process scores."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluators
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+
+from fiber_d2.evaluation import GroundedCOCOEvaluator, RefExpEvaluator
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "data_eval" / "b_refexp.json"
+
+
+def _evaluators(json_file):
+    MetadataCatalog.get("two_processes").set(json_file=json_file)
+    return DatasetEvaluators(
+        [RefExpEvaluator(json_file=json_file), GroundedCOCOEvaluator("two_processes")]
+    )
+
+
+def _run(evaluators, records):
+    evaluators.reset()
+    for record in records:
+        instances = Instances((10, 10))
+        instances.pred_boxes = Boxes(torch.tensor(record["boxes"]).reshape(-1, 4))
+        instances.scores = torch.tensor(record["scores"])
+        instances.pred_classes = torch.full((len(record["scores"]),), record["category_id"])
+        evaluators.process([{"image_id": record["image_id"]}], [{"instances": instances}])
+    return evaluators.evaluate()
+
+
+def _work(rank, folder, records):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(2)
+    else:
+        comm._LOCAL_PROCESS_GROUP = torch.distributed.new_group([0, 1])
+    # Three records are given to both processes, as a sampler with padding would.
+    half = len(records) // 2
+    share = records[: half + 3] if rank == 0 else records[half:]
+    results = _run(_evaluators(f"{folder}/gt.json"), share)
+    Path(folder, f"results_{rank}.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_score_what_one_scores(tmp_path):
+    fixture = json.loads(FIXTURE.read_text())
+    ground_truth = fixture["gt"]
+    classes = sorted({a["category_id"] for a in ground_truth["annotations"]})
+    ground_truth["categories"] = [{"id": c, "name": f"class {c}"} for c in classes]
+    (tmp_path / "gt.json").write_text(json.dumps(ground_truth))
+    right = {a["image_id"]: a["category_id"] for a in ground_truth["annotations"]}
+    records = [{**r, "category_id": right[r["image_id"]]} for r in fixture["predictions"]]
+
+    mp.start_processes(_work, (str(tmp_path), records), nprocs=2, start_method="spawn")
+    main, other = (json.loads((tmp_path / f"results_{r}.json").read_text()) for r in range(2))
+    alone = _run(_evaluators(str(tmp_path / "gt.json")), records)
+    assert set(alone) == {"refexp", "bbox"}
+    assert other == {}
+    for task, results in alone.items():
+        assert main[task] == pytest.approx(results, nan_ok=True)
