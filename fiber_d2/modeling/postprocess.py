@@ -37,7 +37,8 @@ def aggregate_token_scores(
         )
         flat = scores.view(-1, token_scores.shape[1])
         rows = pair * positive_map.shape[1] + target
-        flat.index_reduce_(0, rows, token_scores[pair, :, token], "amax")
+        values = token_scores[pair, :, token]
+        flat.scatter_reduce_(0, rows[:, None].expand_as(values), values, "amax")
         return scores.transpose(1, 2)
     raise ValueError(f"score_aggregation is {how!r}; it must be 'mean' or 'max'.")
 

@@ -1,0 +1,24 @@
+"""Run settings that every LazyConfig shares; see fiber_d2.engine.train.run_lazy_config."""
+
+train = dict(
+    output_dir="./output",
+    # Weights to start from, or to evaluate with --eval-only; "" starts from random ones.
+    init_checkpoint="",
+    max_iter=90000,
+    # Iterations between two evaluations; 0 evaluates at the end only.
+    eval_period=5000,
+    log_period=20,
+    checkpointer=dict(period=5000, max_to_keep=3),
+    # "cuda" means the CPU where there is no GPU.
+    device="cuda",
+    # Mixed precision; dtype "bfloat16" or "float16", None chooses what the device is good at.
+    amp=dict(enabled=False, dtype=None),
+    # Limit of the L2 norm of all gradients together; None does not clip.
+    clip_grad=None,
+    # Negative draws one.
+    seed=0,
+    # Test images drawn per data set.
+    pictures=12,
+    # CPU threads of each process; None leaves it to torch.
+    threads=None,
+)
