@@ -1,0 +1,76 @@
+"""Packaging of fiber_d2. Building or reading its metadata does not need torch."""
+
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+
+class BuildWithConfigs(build_py):
+    """Put the recipes of configs/ into wheels as fiber_d2/configs, beside the code they build.
+
+    An editable installation uses the checkout, which has them already.
+    """
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "fiber_d2" / "configs"
+            shutil.copytree(
+                ROOT / "configs",
+                target,
+                ignore=shutil.ignore_patterns("__pycache__"),
+                dirs_exist_ok=True,
+            )
+
+
+# Lower bounds only: the tested set is pinned in constraints.txt. Detectron2 is missing on purpose,
+# because it is on no package index: tools/install_detectron2.py installs it.
+REQUIREMENTS = [
+    "torch>=2.1",
+    "torchvision>=0.16",
+    "numpy>=1.23",
+    "Pillow>=9.1",
+    "transformers>=4.36",
+    "tokenizers>=0.15",
+    "huggingface_hub>=0.19",
+    "timm>=0.9.12",
+    "fvcore>=0.1.5",
+    "iopath>=0.1.9",
+    "omegaconf>=2.1",
+    "hydra-core>=1.1",
+    "yacs>=0.1.8",
+    "pycocotools>=2.0.6",
+    "tabulate",
+    "tensorboard",
+    "termcolor",
+    "tqdm",
+]
+FAST = ["faster-coco-eval>=1.5"]
+
+setup(
+    name="fiber_d2",
+    version="0.1.0",
+    description="FIBER, a vision-language model that ties boxes to words, on Detectron2",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="fiber_d2 authors",
+    license="MIT",
+    python_requires=">=3.9",
+    packages=find_packages(include=["fiber_d2", "fiber_d2.*"]),
+    package_data={"fiber_d2.text": ["assets/*.json"]},
+    cmdclass={"build_py": BuildWithConfigs},
+    # The compiled operators (sources in csrc/) belong here, as ext_modules that are optional and
+    # only set up when torch can be imported. There are none yet.
+    install_requires=REQUIREMENTS,
+    extras_require={
+        "fast": FAST,
+        "lvis": ["lvis>=0.5.3"],
+        "demo": ["opencv-python-headless"],
+        "dev": [*FAST, "hypothesis>=6", "pytest>=7", "ruff>=0.6", "scipy"],
+    },
+    entry_points={"console_scripts": ["fiber-d2-train = fiber_d2.engine.main:main"]},
+)

@@ -1,0 +1,265 @@
+#!/usr/bin/env python3
+"""Prepare the Python environment for `make`: torch, the libraries, this project, Detectron2.
+
+    python3 tools/setup_env.py .venv      # make that virtual environment, with the tested versions
+    python3 tools/setup_env.py current    # add what is missing to the environment of this python
+
+A fresh environment gets the versions of constraints.txt. In an environment that already has torch,
+nothing installed is changed: only what is missing is added, in versions that fit the rest.
+Running it again costs a fraction of a second, until one of the files it depends on changes.
+Only the standard library is needed. pip's own settings (index, proxy, wheel folder) apply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STATE = Path("build", "setup")  # relative: pip splits PIP_CONSTRAINT at spaces
+DEPENDS_ON = (
+    *("constraints.txt", "setup.py", "pyproject.toml"),
+    *("tools/setup_env.py", "tools/install_detectron2.py"),
+)
+PINS_NEED = (3, 11)
+HEARTBEAT_SECONDS = 20
+
+# Prints "name==version" of everything installed; odd versions could not be pinned anyway.
+LIST_INSTALLED = """
+import importlib.metadata as m, re
+for name, version in {(d.metadata["Name"], d.version) for d in m.distributions()}:
+    if name and version and re.fullmatch(r"[0-9][0-9A-Za-z.!+]*", version):
+        print(f"{name}=={version}")
+"""
+
+# Found, not imported: importing torch takes seconds.
+LOOK = """
+import importlib.util, sys
+names = "torch torchvision transformers timm pycocotools detectron2 fiber_d2 pytest ruff"
+sys.exit(any(importlib.util.find_spec(name) is None for name in names.split()))
+"""
+
+REPORT = """
+import platform, warnings
+warnings.simplefilter("ignore")
+import detectron2, torch, torchvision, transformers, fiber_d2
+from torchvision.ops import nms
+nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+print(f"Python {platform.python_version()}, torch {torch.__version__}, torchvision "
+      f"{torchvision.__version__}, transformers {transformers.__version__}, "
+      f"Detectron2 {detectron2.__version__}, {gpu}")
+"""
+
+
+class SetupError(RuntimeError):
+    """A reason to stop that is told in one line."""
+
+
+def say(message: str) -> None:
+    print(f"[setup] {message}", flush=True)
+
+
+class Heartbeat:
+    """While a step is silent, say every now and then that it is still going."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.monotonic()
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.beat, daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def show(self, line: str) -> None:
+        self.last = time.monotonic()
+        print(f"    {line}", flush=True)
+
+    def beat(self) -> None:
+        while not self.stop.wait(1):
+            if time.monotonic() - self.last > HEARTBEAT_SECONDS:
+                self.show(f"... {time.monotonic() - self.started:.0f} s")
+
+
+def worth_showing(line: str) -> bool:
+    """Large downloads, and the start of unpacking them; everything else is in the log."""
+    return bool(re.match(r"\s*Downloading .*[MG]B\)", line)) or line.startswith("[detectron2]")
+
+
+class Environment:
+    """A Python environment that the steps run in."""
+
+    def __init__(self, python: Path, label: str) -> None:
+        self.python = str(python)
+        self.label = label
+        key = hashlib.sha256(self.python.encode()).hexdigest()[:12]
+        self.stamp = STATE / f"{key}.stamp"
+        self.log = STATE / f"{key}.log"
+        self.constraints = STATE / f"{key}-constraints.txt"
+
+    def evaluate(self, code: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [self.python, "-c", code],
+            stdin=subprocess.DEVNULL,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+
+    def is_ready(self) -> bool:
+        """Set up before from the same files, and nothing was removed since."""
+        return (
+            self.stamp.is_file()
+            and self.stamp.read_text(encoding="utf-8") == fingerprint()
+            and Path(self.python).exists()
+            and self.evaluate(LOOK).returncode == 0
+        )
+
+    def run(self, *arguments: str) -> None:
+        """Run this environment's python; the whole output goes to the log, the news to the screen.
+
+        Raises:
+            SetupError: names the log, after its last lines were shown.
+        """
+        settings = {
+            "PIP_CONSTRAINT": str(self.constraints),
+            "PIP_NO_INPUT": "1",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "PIP_ROOT_USER_ACTION": "ignore",
+            "PYTHONUNBUFFERED": "1",
+        }
+        process = subprocess.Popen(
+            [self.python, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, **settings},
+        )
+        recent: list[str] = []
+        with Heartbeat() as heartbeat, open(self.log, "a", encoding="utf-8") as log:
+            for line in process.stdout or ():
+                log.write(line)
+                if not line.startswith("WARNING: Location"):
+                    recent = [*recent[-29:], line]
+                if worth_showing(line):
+                    heartbeat.show(line.strip())
+            code = process.wait()
+        if code != 0:
+            sys.stderr.write("".join(recent))
+            raise SetupError(f"the step failed (exit {code}); everything it said is in {self.log}")
+
+    def pip_install(self, *arguments: str) -> None:
+        self.run("-m", "pip", "install", "--progress-bar", "off", *arguments)
+
+
+def fingerprint() -> str:
+    """Changes when a file that the environment was made from does, or when the checkout moves."""
+    digest = hashlib.sha256(str(ROOT).encode())
+    for name in DEPENDS_ON:
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()
+
+
+def make_venv(folder: Path) -> None:
+    say(f"creating the virtual environment {folder}")
+    result = subprocess.run(
+        [sys.executable, "-m", "venv", str(folder)],
+        stdin=subprocess.DEVNULL,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    if result.returncode != 0:
+        raise SetupError(f"cannot create {folder}: {(result.stdout + result.stderr).strip()}")
+
+
+def write_constraints(environment: Environment) -> None:
+    """Pin the tested set in an environment without torch, and what is installed in any other."""
+    installed = environment.evaluate(LIST_INSTALLED).stdout.split()
+    names = {line.partition("==")[0].lower() for line in installed}
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    if "torch" in names:
+        say("torch is there already: keeping every installed version, adding what is missing")
+        kept = [line for line in installed if not line.lower().startswith("fiber")]
+        pins = "\n".join(sorted(kept)) + "\n"
+    elif sys.version_info < PINS_NEED:
+        wanted = ".".join(map(str, PINS_NEED))
+        found = ".".join(map(str, sys.version_info[:2]))
+        say(f"the tested versions need Python {wanted}, this is {found}: using what fits instead")
+        pins = ""
+    environment.constraints.write_text(pins, encoding="utf-8")
+
+
+def set_up(environment: Environment) -> None:
+    """Run the steps. Building this project comes after setuptools, Detectron2 after torch."""
+    steps = (
+        (
+            "torch and torchvision (a few GB: the longest step)",
+            lambda: environment.pip_install("torch", "torchvision", "numpy", "setuptools", "wheel"),
+        ),
+        (
+            "the other libraries and this project (editable)",
+            lambda: environment.pip_install("--no-build-isolation", "-e", ".[dev]"),
+        ),
+        ("Detectron2", lambda: environment.run("tools/install_detectron2.py")),
+    )
+    write_constraints(environment)
+    environment.log.write_text("", encoding="utf-8")
+    begin = time.monotonic()
+    for number, (title, step) in enumerate(steps, start=1):
+        say(f"{number}/{len(steps)} {title}")
+        started = time.monotonic()
+        step()
+        say(f"{number}/{len(steps)} done in {time.monotonic() - started:.0f} s")
+    report = environment.evaluate(REPORT)
+    if report.returncode != 0:
+        sys.stderr.write(report.stderr)
+        raise SetupError("everything is installed, but importing it fails (see above)")
+    say(report.stdout.strip())
+    environment.stamp.write_text(fingerprint(), encoding="utf-8")
+    say(f"{environment.label} is ready after {time.monotonic() - begin:.0f} s")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("where", help="folder of the virtual environment, or 'current'")
+    where = parser.parse_args(argv).where
+    if where == "current":
+        environment = Environment(Path(sys.executable), f"the current environment ({sys.prefix})")
+    else:
+        # Not resolved: the link is what makes it the environment's python.
+        python = Path(where).absolute() / "bin" / "python"
+        environment = Environment(python, f"the environment {where}")
+    os.chdir(ROOT)
+    try:
+        if environment.is_ready():
+            say(f"{environment.label} is ready")
+            return 0
+        STATE.mkdir(parents=True, exist_ok=True)
+        if not Path(environment.python).exists():
+            make_venv(Path(environment.python).parents[1])
+        set_up(environment)
+    except (SetupError, OSError) as error:
+        print(f"[setup] error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
