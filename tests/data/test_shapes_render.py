@@ -70,6 +70,28 @@ def test_visible_share_and_sizes():
     assert set(sizes) == {"small", "large", None}
 
 
+def palette_of(names):
+    return np.array([colorsys.hsv_to_rgb(h / 360, s, v) for h, s, v in map(COLORS.get, names)])
+
+
+def test_later_objects_cover_earlier_ones():
+    names = list(PARAMS.colors)
+    palette, right = palette_of(names), []
+    for index, scene in enumerate(scenes(count=80)):
+        pixels = picture(scene, PARAMS, "train", index) / 255
+        masks = [mask_of(shape.clipped, scene.size) for shape in scene.objects]
+        for front in range(len(masks)):
+            above = np.any([np.zeros_like(masks[0]), *masks[front + 1 :]], axis=0)
+            for back in range(front):
+                both = masks[front] & masks[back] & ~above
+                if both.sum() >= 40 and scene.objects[front].color != scene.objects[back].color:
+                    median = np.median(pixels[both], axis=0)
+                    nearest = np.abs(palette - median).sum(axis=1).argmin()
+                    right.append(names[nearest] == scene.objects[front].color)
+    assert len(right) > 10
+    assert np.mean(right) > 0.85
+
+
 @pytest.mark.parametrize(
     "params",
     [PARAMS, ShapesParams(colors=tuple(COLORS), shapes=tuple(SHAPES), image_size=192)],
@@ -78,8 +100,7 @@ def test_visible_share_and_sizes():
 def test_pixels_have_the_color_that_the_words_say(params):
     """The visible inside of an object is nearer to its own colour than to any other."""
     names = list(params.colors)
-    palette = np.array([colorsys.hsv_to_rgb(h / 360, s, v) for h, s, v in map(COLORS.get, names)])
-    right = []
+    palette, right = palette_of(names), []
     for index, scene in enumerate(scenes(params)):
         pixels = picture(scene, params, "train", index) / 255
         covered = np.zeros((scene.size, scene.size), dtype=bool)
