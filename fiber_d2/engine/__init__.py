@@ -1,0 +1,26 @@
+"""Training and evaluation: processes, steps, hooks, checkpoints, reports."""
+
+from .checkpointer import FiberCheckpointer
+from .default_trainer import FiberTrainer
+from .evaluate import build_test_sets, do_test, evaluate_test_sets
+from .launch import launch
+from .optimizer import get_param_groups, warmup_cosine, warmup_multistep
+from .report import RunSummary, final_report
+from .step import StepTrainer
+from .train import do_train
+
+__all__ = [
+    "FiberCheckpointer",
+    "FiberTrainer",
+    "RunSummary",
+    "StepTrainer",
+    "build_test_sets",
+    "do_test",
+    "do_train",
+    "evaluate_test_sets",
+    "final_report",
+    "get_param_groups",
+    "launch",
+    "warmup_cosine",
+    "warmup_multistep",
+]

@@ -1,0 +1,243 @@
+"""Training from a CfgNode: Detectron2's DefaultTrainer with what grounding needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.engine import DefaultTrainer, TrainerBase, hooks
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils import comm
+from torch import nn
+
+from fiber_d2.data import build_test_loader, build_train_loader
+from fiber_d2.evaluation import build_evaluator
+
+from .checkpointer import FiberCheckpointer
+from .evaluate import TestSet, evaluate_test_sets
+from .hooks import CheckpointHook, EvaluationHook, TrainingClock, build_writers
+from .optimizer import get_param_groups
+from .step import StepTrainer, choose_amp_dtype, name_the_iteration
+from .train import distribute, restore_random_state, set_up
+
+logger = logging.getLogger(__name__)
+
+LOG_PERIOD = 20
+# Images drawn per test set.
+PICTURES = 12
+# SOLVER.CLIP_GRADIENTS.CLIP_TYPE for the norm of all gradients together; Detectron2 knows
+# "value" and "norm" only, both for each parameter by itself.
+FULL_MODEL = "full_model"
+
+
+class FiberTrainer(DefaultTrainer):
+    """DefaultTrainer whose data, optimiser, step and checkpoints are those of this project.
+
+    Works without a GPU, in one process or several, with mixed precision or without.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # Not DefaultTrainer's own constructor: in Detectron2 0.6 it needs GPUs for mixed
+        # precision, and its training loader cannot start in the middle.
+        TrainerBase.__init__(self)
+        model = self.build_model(cfg)
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        full_model = clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL
+        optimizer = self.build_optimizer(cfg, model)
+        self._trainer = StepTrainer(
+            distribute(model),
+            optimizer,
+            amp_dtype=choose_amp_dtype(cfg.MODEL.DEVICE) if cfg.SOLVER.AMP.ENABLED else None,
+            clip_grad=clip.CLIP_VALUE if full_model else None,
+            log_period=LOG_PERIOD,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = FiberCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self._random_states: list[Any] = []
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        resuming = resume and self.checkpointer.has_checkpoint()
+        rest = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if resuming:
+            self.start_iter = self.iter + 1
+            self._random_states = rest.get("random_states", [])
+
+    def build_hooks(self) -> list[Any]:
+        cfg = self.cfg
+        test_sets = self.build_test_sets(cfg)
+
+        def evaluate() -> dict[str, Any]:
+            self._last_eval_results = evaluate_test_sets(
+                self.model,
+                test_sets,
+                output_dir=cfg.OUTPUT_DIR,
+                pictures=PICTURES,
+                checkpoint=f"{cfg.OUTPUT_DIR}, iteration {self.iter}",
+                storage=self.storage,
+            )
+            return self._last_eval_results
+
+        found = [
+            TrainingClock(),
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
+            EvaluationHook(cfg.TEST.EVAL_PERIOD, evaluate) if test_sets else None,
+        ]
+        if comm.is_main_process():
+            found.append(hooks.PeriodicWriter(self.build_writers(), period=LOG_PERIOD))
+        return found
+
+    def build_writers(self) -> list[Any]:
+        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+
+    def train(self) -> Any:
+        self.data_loader = self.build_train_loader(self.cfg, start_index=self.start_iter)
+        self._trainer.start_loading()
+        restore_random_state(self._random_states)
+        with name_the_iteration(self, self.max_iter):
+            return super().train()
+
+    def run_step(self) -> None:
+        step = self._trainer
+        step.iter, step.max_iter, step.storage = self.iter, self.max_iter, self.storage
+        step.run_step()
+
+    def flush_metrics(self) -> None:
+        """Record the losses since the last look at them."""
+        self._trainer.flush_metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        # DefaultTrainer of Detectron2 0.6 leaves the optimiser out.
+        state = TrainerBase.state_dict(self)
+        state["_trainer"] = self._trainer.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        TrainerBase.load_state_dict(self, state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """AdamW with the rates and decays of ``cfg.SOLVER``."""
+        solver = cfg.SOLVER
+        params = get_param_groups(
+            model,
+            base_lr=solver.BASE_LR,
+            weight_decay=solver.WEIGHT_DECAY,
+            bias_lr_factor=solver.BIAS_LR_FACTOR,
+            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        )
+        optimizer = torch.optim.AdamW
+        if solver.CLIP_GRADIENTS.CLIP_TYPE != FULL_MODEL:
+            optimizer = maybe_add_gradient_clipping(cfg, optimizer)
+        return optimizer(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode, *, start_index: int = 0) -> Iterable[Any]:
+        if not cfg.DATASETS.TRAIN:
+            raise ValueError("DATASETS.TRAIN is empty: name at least one data set.")
+        return build_train_loader(
+            datasets=list(cfg.DATASETS.TRAIN),
+            tokenizer=cfg.FIBER.TOKENIZER,
+            augmentations=build_augmentation(cfg, is_train=True),
+            total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            # All processes have to agree on the order of the images.
+            seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+            start_index=start_index,
+            max_tokens=cfg.FIBER.MAX_TOKENS,
+            separator=cfg.FIBER.SEPARATOR,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+            image_format=cfg.INPUT.FORMAT,
+        )
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
+        return build_test_loader(
+            dataset=dataset_name,
+            tokenizer=cfg.FIBER.TOKENIZER,
+            augmentations=build_augmentation(cfg, is_train=False),
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            max_tokens=cfg.FIBER.MAX_TOKENS,
+            separator=cfg.FIBER.SEPARATOR,
+            image_format=cfg.INPUT.FORMAT,
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+    @classmethod
+    def build_test_sets(cls, cfg: CfgNode) -> list[TestSet]:
+        """The data sets of ``DATASETS.TEST`` with their loaders and evaluators."""
+        return [
+            TestSet(
+                name,
+                cls.build_test_loader(cfg, name),
+                cls.build_evaluator(cfg, name),
+                cfg.FIBER.TOKENIZER,
+            )
+            for name in cfg.DATASETS.TEST
+        ]
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """Per data set of ``DATASETS.TEST`` the results, in the main process."""
+        test_sets = cls.build_test_sets(cfg)
+        if evaluators is not None:
+            evaluators = [evaluators] if isinstance(evaluators, DatasetEvaluator) else evaluators
+            if len(evaluators) != len(test_sets):
+                raise ValueError(
+                    f"{len(evaluators)} evaluators for the {len(test_sets)} data sets of "
+                    "DATASETS.TEST: give one for each."
+                )
+            test_sets = [
+                TestSet(known.name, known.loader, evaluator, known.tokenizer)
+                for known, evaluator in zip(test_sets, evaluators)
+            ]
+        return evaluate_test_sets(
+            model,
+            test_sets,
+            output_dir=cfg.OUTPUT_DIR,
+            pictures=PICTURES,
+            checkpoint=cfg.MODEL.WEIGHTS,
+        )
+
+
+def run_cfg_node(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> None:
+    """The whole program for a CfgNode, in each of its processes.
+
+    Args:
+        resume: continue from the last checkpoint in ``OUTPUT_DIR`` where there is one.
+        eval_only: evaluate ``MODEL.WEIGHTS`` (with ``resume`` the last checkpoint).
+    """
+    set_up(cfg.OUTPUT_DIR, seed=cfg.SEED)
+    if comm.is_main_process():
+        with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
+            file.write(cfg.dump())
+    if not eval_only:
+        trainer = FiberTrainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+        return
+    if not cfg.DATASETS.TEST:
+        raise ValueError("There is nothing to evaluate: DATASETS.TEST is empty.")
+    model = FiberTrainer.build_model(cfg)
+    if not cfg.MODEL.WEIGHTS and not resume:
+        logger.warning("No checkpoint is given (MODEL.WEIGHTS): weights are random.")
+    FiberCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    FiberTrainer.test(cfg, model)

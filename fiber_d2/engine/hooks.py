@@ -1,0 +1,122 @@
+"""What happens between training steps: clock, checkpoints, evaluation."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+from detectron2.engine import HookBase, hooks
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+)
+
+from .randomness import preserved_random_state, random_state
+
+
+class TrainingClock(HookBase):
+    """Seconds spent in training steps; a resumed run goes on counting."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def before_step(self) -> None:
+        self._start = time.perf_counter()
+
+    def after_step(self) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = state_dict["seconds"]
+
+
+class CheckpointHook(hooks.PeriodicCheckpointer):
+    """Saves every ``period`` iterations and after the last one; keeps the newest few.
+
+    Every process has to have it: each contributes its random state. A loss that is not finite
+    stops the training before its weights replace good ones.
+
+    Args:
+        checkpointer: of the model, with the trainer as a checkpointable.
+        period: iterations between two checkpoints.
+        max_to_keep: how many of them stay on disk, ``model_final`` apart; None keeps all.
+    """
+
+    def before_train(self) -> None:
+        super().before_train()
+        if self.max_to_keep is not None and comm.is_main_process():
+            # What was saved before a restart counts too.
+            self.recent_checkpoints = self._saved_before()
+
+    def _saved_before(self) -> list[str]:
+        folder = self.checkpointer.save_dir
+        pattern = re.compile(re.escape(self.file_prefix) + r"_\d{7}\.pth")
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        found = [name for name in names if pattern.fullmatch(name)]
+        current = f"{self.file_prefix}_{self.trainer.start_iter:07d}.pth"
+        return [os.path.join(folder, name) for name in found if name < current]
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter
+        if (iteration + 1) % self.period != 0 and iteration < self.max_iter - 1:
+            return
+        self.trainer.flush_metrics()
+        states = comm.gather(random_state())
+        if comm.is_main_process():
+            self.step(iteration, random_states=states)
+
+
+class EvaluationHook(HookBase):
+    """Evaluates every ``period`` iterations and after the last one, never after a failure.
+
+    The random numbers of the training are the same with it and without it.
+
+    Args:
+        period: iterations between two evaluations; 0 evaluates at the end only.
+        evaluate: results as nested dicts of numbers; called in all processes.
+    """
+
+    def __init__(self, period: int, evaluate: Callable[[], dict[str, Any]]) -> None:
+        self.period = period
+        self.evaluate = evaluate
+        self.results: dict[str, Any] = {}
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        due = self.period > 0 and done % self.period == 0
+        if not due and done != self.trainer.max_iter:
+            return
+        with preserved_random_state():
+            self.results = self.evaluate()
+        if comm.is_main_process():
+            numbers = {
+                name: value
+                for name, value in flatten_results_dict(self.results).items()
+                if isinstance(value, (int, float))
+            }
+            self.trainer.storage.put_scalars(**numbers, smoothing_hint=False)
+        # Evaluation takes its time in each process: start the next iteration together.
+        comm.synchronize()
+
+
+def build_writers(output_dir: str, max_iter: int) -> list[EventWriter]:
+    """Progress on the terminal, ``training.jsonl`` and TensorBoard curves in ``output_dir``.
+
+    ``metrics.json``, the name Detectron2 gives the first of the files, holds the final results.
+    """
+    os.makedirs(output_dir, exist_ok=True)
+    return [
+        CommonMetricPrinter(max_iter),
+        JSONWriter(os.path.join(output_dir, "training.jsonl")),
+        TensorboardXWriter(os.path.join(output_dir, "tensorboard")),
+    ]

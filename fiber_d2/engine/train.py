@@ -1,0 +1,226 @@
+"""Training from a LazyConfig."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import hooks
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .checkpointer import FiberCheckpointer
+from .evaluate import build_test_sets, do_test
+from .hooks import CheckpointHook, EvaluationHook, TrainingClock, build_writers
+from .overrides import takes_argument
+from .randomness import set_random_state
+from .report import RunSummary
+from .step import StepTrainer, choose_amp_dtype
+
+logger = logging.getLogger(__name__)
+
+
+def set_up(output_dir: str, *, seed: int, threads: int | None = None) -> None:
+    """Loggers, seed and number of threads of a process; the environment, written down.
+
+    Args:
+        seed: process ``r`` uses ``seed + r``; negative draws one.
+        threads: of torch on the CPU, per process; None leaves them as they are.
+    """
+    rank = comm.get_rank()
+    for name in ("fvcore", "detectron2", "fiber_d2"):
+        setup_logger(output_dir, distributed_rank=rank, name=name, color=sys.stdout.isatty())
+    if threads:
+        torch.set_num_threads(threads)
+    seed_all_rng(None if seed < 0 else seed + rank)
+    if comm.is_main_process():
+        with open(os.path.join(output_dir, "environment.txt"), "w") as file:
+            file.write(collect_env_info() + "\n")
+        gpu = f"GPU {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
+        logger.info(
+            "torch %s, %s, %d process(es) of %d CPU threads; output in %s",
+            torch.__version__,
+            gpu,
+            comm.get_world_size(),
+            torch.get_num_threads(),
+            output_dir,
+        )
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """``model``, wrapped where there are several processes; on CPUs as well as on GPUs."""
+    if comm.get_world_size() == 1:
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    return DistributedDataParallel(
+        model,
+        device_ids=[torch.cuda.current_device()] if on_gpu else None,
+        broadcast_buffers=False,
+    )
+
+
+def run_lazy_config(cfg: DictConfig, *, resume: bool = False, eval_only: bool = False) -> None:
+    """The whole program for a LazyConfig, in each of its processes.
+
+    ``cfg`` has the nodes ``model``, ``dataloader.{train,test,evaluator}``, ``optimizer``,
+    ``lr_multiplier`` and ``train``, and may have ``prepare`` (called first, by one process) and
+    ``report`` (makes the function that is called last).
+
+    Args:
+        resume: continue from the last checkpoint in ``train.output_dir`` where there is one.
+        eval_only: evaluate ``train.init_checkpoint`` (with ``resume`` the last checkpoint).
+    """
+    set_up(cfg.train.output_dir, seed=cfg.train.seed, threads=cfg.train.get("threads"))
+    if comm.is_main_process():
+        LazyConfig.save(cfg, os.path.join(cfg.train.output_dir, "config.yaml"))
+        if "prepare" in cfg:
+            instantiate(cfg.prepare)
+    comm.synchronize()
+    if eval_only:
+        evaluate_only(cfg, resume=resume)
+    else:
+        do_train(cfg, resume=resume)
+
+
+def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, Any]]:
+    """Evaluate a checkpoint; see :func:`run_lazy_config`. Returns results in the main process."""
+    test_sets = build_test_sets(cfg)
+    if not test_sets:
+        raise ValueError("There is nothing to evaluate: dataloader.test is empty.")
+    model = instantiate(cfg.model).to(cfg.train.device)
+    checkpointer = FiberCheckpointer(model, cfg.train.output_dir)
+    path = cfg.train.init_checkpoint
+    if resume and checkpointer.has_checkpoint():
+        path = checkpointer.get_checkpoint_file()
+    if not path:
+        logger.warning("No checkpoint is given (train.init_checkpoint): weights are random.")
+    checkpointer.load(path, checkpointables=[])
+    return do_test(cfg, model, test_sets=test_sets, checkpoint=path)
+
+
+def do_train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, Any]]:
+    """Train, evaluate, report; see :func:`run_lazy_config`.
+
+    Everything that can be wrong with the configuration or the data is found before training.
+
+    Returns:
+        The results of the last evaluation, in the main process.
+    """
+    started = time.perf_counter()
+    train = cfg.train
+    model = instantiate(cfg.model).to(train.device)
+    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("The model has %.2f M trainable parameters", num_parameters / 1e6)
+    if comm.is_main_process():
+        with open(os.path.join(train.output_dir, "model.txt"), "w") as file:
+            file.write(f"{model}\n")
+    trainer = StepTrainer(
+        distribute(model),
+        build_optimizer(cfg, model),
+        amp_dtype=(
+            choose_amp_dtype(train.device, train.amp.get("dtype")) if train.amp.enabled else None
+        ),
+        clip_grad=train.get("clip_grad"),
+        log_period=train.log_period,
+    )
+    checkpointer = FiberCheckpointer(model, train.output_dir, trainer=trainer)
+    test_sets = build_test_sets(cfg)
+    report = instantiate(cfg.report) if "report" in cfg else None
+    final_checkpoint = os.path.join(train.output_dir, "model_final.pth")
+
+    def evaluate() -> dict[str, dict[str, Any]]:
+        where = f"{train.output_dir}, iteration {trainer.iter}"
+        return do_test(cfg, model, test_sets=test_sets, checkpoint=where, storage=trainer.storage)
+
+    clock = TrainingClock()
+    evaluation = EvaluationHook(train.eval_period, evaluate)
+    trainer.register_hooks(
+        [
+            clock,
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            CheckpointHook(checkpointer, **train.checkpointer),
+            evaluation,
+        ]
+    )
+    start_iter, random_states = start_or_resume(checkpointer, trainer, train, resume)
+    if start_iter < train.max_iter:
+        if comm.is_main_process():
+            writers = build_writers(train.output_dir, train.max_iter)
+            trainer.register_hooks([hooks.PeriodicWriter(writers, period=train.log_period)])
+        trainer.data_loader = build_train_loader(cfg, start_iter)
+        trainer.start_loading()
+        restore_random_state(random_states)
+        trainer.train(start_iter, train.max_iter)
+        results = evaluation.results
+    else:
+        logger.info("All %d iterations are done already: evaluation only", train.max_iter)
+        results = do_test(cfg, model, test_sets=test_sets, checkpoint=final_checkpoint)
+    if report is not None and comm.is_main_process():
+        report(
+            RunSummary(
+                results=results,
+                output_dir=train.output_dir,
+                checkpoint=final_checkpoint,
+                seed=train.seed,
+                num_parameters=num_parameters,
+                iterations=max(start_iter, train.max_iter),
+                train_seconds=clock.seconds,
+                total_seconds=time.perf_counter() - started,
+            )
+        )
+    return results
+
+
+def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of ``cfg.optimizer``, whose node ``params`` lacks only the model."""
+    node = copy.deepcopy(cfg.optimizer)
+    node.params.model = model
+    return instantiate(node)
+
+
+def build_train_loader(cfg: DictConfig, start_iter: int) -> Any:
+    """The loader of ``cfg.dataloader.train``, from the batch of iteration ``start_iter`` on."""
+    node = copy.deepcopy(cfg.dataloader.train)
+    if takes_argument(OmegaConf.to_container(node, resolve=False), "start_index"):
+        node.start_index = start_iter
+    elif start_iter:
+        logger.warning(
+            "The training loader takes no start_index: it starts over, and images the interrupted "
+            "run has seen come again."
+        )
+    return instantiate(node)
+
+
+def start_or_resume(
+    checkpointer: FiberCheckpointer, trainer: StepTrainer, train: DictConfig, resume: bool
+) -> tuple[int, list[Mapping[str, Any]]]:
+    """Load what there is to load; the iteration to start with and the saved random states."""
+    resuming = resume and checkpointer.has_checkpoint()
+    rest = checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
+    if not resuming:
+        return 0, []
+    # The checkpoint holds the iteration that was just done.
+    logger.info("Resuming after iteration %d", trainer.iter)
+    return trainer.iter + 1, rest.get("random_states", [])
+
+
+def restore_random_state(states: list[Mapping[str, Any]]) -> None:
+    """Put the random generators of this process where the interrupted run had them."""
+    rank = comm.get_rank()
+    if rank < len(states):
+        set_random_state(dict(states[rank]))
+    elif states:
+        logger.warning("Process %d is new since the checkpoint: fresh random numbers", rank)
