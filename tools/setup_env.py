@@ -4,8 +4,8 @@
     python3 tools/setup_env.py .venv      # make that virtual environment, with the tested versions
     python3 tools/setup_env.py current    # add what is missing to the environment of this python
 
-A fresh environment gets the versions of constraints.txt. In an environment that already has torch,
-nothing installed is changed: only what is missing is added, in versions that fit the rest.
+A virtual environment gets the versions of constraints.txt. With `current`, where torch is installed
+already, nothing installed is changed: what is missing is added, in versions that fit the rest.
 Running it again costs a fraction of a second, until one of the files it depends on changes.
 Only the standard library is needed. pip's own settings (index, proxy, wheel folder) apply.
 """
@@ -101,9 +101,10 @@ def worth_showing(line: str) -> bool:
 class Environment:
     """A Python environment that the steps run in."""
 
-    def __init__(self, python: Path, label: str) -> None:
+    def __init__(self, python: Path, label: str, *, keep_installed: bool) -> None:
         self.python = str(python)
         self.label = label
+        self.keep_installed = keep_installed
         key = hashlib.sha256(self.python.encode()).hexdigest()[:12]
         self.stamp = STATE / f"{key}.stamp"
         self.log = STATE / f"{key}.log"
@@ -160,7 +161,10 @@ class Environment:
             code = process.wait()
         if code != 0:
             sys.stderr.write("".join(recent))
-            raise SetupError(f"the step failed (exit {code}); everything it said is in {self.log}")
+            raise SetupError(
+                f"the step failed (exit {code}); everything it said is in {self.log}; for machines "
+                "without a package index see docs/installation.md"
+            )
 
     def pip_install(self, *arguments: str) -> None:
         self.run("-m", "pip", "install", "--progress-bar", "off", *arguments)
@@ -188,11 +192,12 @@ def make_venv(folder: Path) -> None:
 
 
 def write_constraints(environment: Environment) -> None:
-    """Pin the tested set in an environment without torch, and what is installed in any other."""
-    installed = environment.evaluate(LIST_INSTALLED).stdout.split()
-    names = {line.partition("==")[0].lower() for line in installed}
+    """Pin the tested set, or what is installed in a user's environment that has torch."""
+    installed: list[str] = []
+    if environment.keep_installed:
+        installed = environment.evaluate(LIST_INSTALLED).stdout.split()
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    if "torch" in names:
+    if any(line.startswith("torch==") for line in installed):
         say("torch is there already: keeping every installed version, adding what is missing")
         kept = [line for line in installed if not line.lower().startswith("fiber")]
         pins = "\n".join(sorted(kept)) + "\n"
@@ -241,11 +246,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("where", help="folder of the virtual environment, or 'current'")
     where = parser.parse_args(argv).where
     if where == "current":
-        environment = Environment(Path(sys.executable), f"the current environment ({sys.prefix})")
+        label = f"the current environment ({sys.prefix})"
+        environment = Environment(Path(sys.executable), label, keep_installed=True)
     else:
         # Not resolved: the link is what makes it the environment's python.
         python = Path(where).absolute() / "bin" / "python"
-        environment = Environment(python, f"the environment {where}")
+        environment = Environment(python, f"the environment {where}", keep_installed=False)
     os.chdir(ROOT)
     try:
         if environment.is_ready():
