@@ -53,6 +53,9 @@ class ATSSLanguageHead(nn.Module):
         loss: training objective.
         postprocessor: detections from predictions.
         prior_probability: of a token at an anchor before training.
+        text_projection_std: of the projection's initial weights. The published 0.02 relies on
+            pre-trained towers; from scratch a larger one gives words different directions from
+            the first step, without which small models stay for long at "object or not".
     """
 
     @configurable
@@ -65,6 +68,7 @@ class ATSSLanguageHead(nn.Module):
         loss: GroundingLoss,
         postprocessor: PostProcessor,
         prior_probability: float = 0.01,
+        text_projection_std: float = 0.02,
     ) -> None:
         super().__init__()
         channels = tower.channels
@@ -79,7 +83,7 @@ class ATSSLanguageHead(nn.Module):
             nn.init.zeros_(conv.bias)
         self.scales = nn.Parameter(torch.ones(len(anchors.strides)))
         self.text_projection = nn.Linear(text_dim, channels)
-        nn.init.trunc_normal_(self.text_projection.weight, std=0.02)
+        nn.init.trunc_normal_(self.text_projection.weight, std=text_projection_std, a=-2, b=2)
         nn.init.zeros_(self.text_projection.bias)
         self.log_scale = nn.Parameter(torch.zeros(1))
         self.text_bias = nn.Parameter(torch.zeros(text_dim))

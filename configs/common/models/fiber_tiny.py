@@ -11,7 +11,7 @@ model.backbone.vision.update(
     drop_path=0.0,
 )
 model.backbone.text.update(
-    vocab_size=1500,
+    vocab_size=2000,
     dim=128,
     num_layers=6,
     num_heads=4,

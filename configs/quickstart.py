@@ -1,0 +1,83 @@
+"""The quickstart: a small FIBER learns detection, grounding and referring expressions on the CPU.
+
+    python train_net.py --config-file configs/quickstart.py
+
+The data are generated (`shapes`), so nothing is downloaded. 128-pixel images, batches of 16.
+"""
+
+import detectron2.data.transforms as T
+from detectron2.config import LazyCall as L
+
+from fiber_d2.data import build_test_loader
+from fiber_d2.data.shapes import prepare_shapes
+from fiber_d2.engine.report import final_report
+
+from .common.data import dataloader
+from .common.models.fiber_tiny import model
+from .common.optim import AdamW as optimizer
+from .common.optim import cosine as lr_multiplier
+from .common.train import train
+
+SIZE = 128
+
+# Generated once; the marker in the folder remembers with which parameters.
+prepare = L(prepare_shapes)(
+    root="${oc.env:DETECTRON2_DATASETS,datasets}/shapes",
+    seed=0,
+    num_train=4000,
+    num_val=300,
+    image_size=SIZE,
+    relations_per_image=12,
+)
+
+# Referring expressions are scored among all boxes, however weak, as the original does.
+model.head.postprocessor.score_thresh = 0.0
+
+train.output_dir = "output/quickstart"
+train.device = "cuda"
+train.max_iter = 1300
+train.eval_period = 0
+train.checkpointer.update(period=200, max_to_keep=2)
+train.clip_grad = 1.0
+
+optimizer.lr = 1e-3
+optimizer.weight_decay = 0.05
+lr_multiplier.warmup_iters = 50
+
+dataloader.train.update(
+    datasets=["shapes_detection_train", "shapes_grounding_train", "shapes_refexp_train"],
+    # How the three tasks share the batches.
+    weights=[0.3, 0.25, 0.45],
+    tokenizer="shapes",
+    augmentations=[
+        L(T.RandomFlip)(horizontal=True),
+        L(T.ResizeShortestEdge)(short_edge_length=[SIZE], max_size=SIZE),
+    ],
+    total_batch_size=16,
+    num_workers=1,
+    aspect_ratio_grouping=False,
+)
+dataloader.test = [
+    L(build_test_loader)(
+        dataset=dataset,
+        tokenizer="${...train.tokenizer}",
+        augmentations=[L(T.ResizeShortestEdge)(short_edge_length=[SIZE], max_size=SIZE)],
+        batch_size=32,
+        num_workers=1,
+    )
+    for dataset in ("shapes_detection_val", "shapes_grounding_val", "shapes_refexp_val")
+]
+
+report = L(final_report)(
+    metrics={
+        "detection/AP": ("shapes_detection_val", "bbox/AP"),
+        "detection/AP50": ("shapes_detection_val", "bbox/AP50"),
+        "grounding/R@1": ("shapes_grounding_val", "grounding/R@1"),
+        "refexp/P@1": ("shapes_refexp_val", "refexp/shapes_attribute/P@1"),
+        "refexp_relation/P@1": ("shapes_refexp_val", "refexp/shapes_relation/P@1"),
+    },
+    next_steps=[
+        "look at the pictures, contact_sheet.png first",
+        "point configs/finetune/custom_coco.py at your own COCO json and photographs",
+    ],
+)
