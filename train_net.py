@@ -5,7 +5,13 @@ Takes the options of Detectron2's scripts, a LazyConfig (``.py``) or a CfgNode (
 ``key=value`` overrides; ``--help`` lists them. Installed as ``fiber-d2-train`` too.
 """
 
-from fiber_d2.engine.main import main
+import warnings
+
+# fvcore and Detectron2 compile functions with it when they are imported.
+warnings.filterwarnings("ignore", message="`torch.jit.script", category=FutureWarning)
+warnings.filterwarnings("ignore", message="`torch.jit.script", category=DeprecationWarning)
+
+from fiber_d2.engine.main import main  # noqa: E402 - the filter comes first
 
 if __name__ == "__main__":
     main()

@@ -3,7 +3,6 @@
 from .checkpointer import FiberCheckpointer
 from .default_trainer import FiberTrainer
 from .evaluate import build_test_sets, do_test, evaluate_test_sets
-from .launch import launch
 from .optimizer import get_param_groups, warmup_cosine, warmup_multistep
 from .report import RunSummary, final_report
 from .step import StepTrainer
@@ -20,7 +19,6 @@ __all__ = [
     "evaluate_test_sets",
     "final_report",
     "get_param_groups",
-    "launch",
     "warmup_cosine",
     "warmup_multistep",
 ]

@@ -12,6 +12,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _IncompatibleKeys
 
 MAX_NAMES = 5
+# What torch.load raises for damaged or foreign files, depending on where they break.
+_UNREADABLE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError)
 
 
 def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
@@ -91,7 +93,7 @@ class FiberCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             loaded = torch.load(filename, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        except _UNREADABLE as error:
             reason = str(error).strip().splitlines()
             raise ValueError(
                 f"The checkpoint {filename} cannot be read: it is damaged, or no PyTorch file of "
@@ -145,4 +147,5 @@ class FiberCheckpointer(DetectionCheckpointer):
 
 def _shorten(names: Sequence[str]) -> str:
     shown = ", ".join(names[:MAX_NAMES])
-    return f"{shown}, ..." if len(names) > MAX_NAMES else shown
+    rest = len(names) - MAX_NAMES
+    return f"{shown} and {rest} more" if rest > 0 else shown

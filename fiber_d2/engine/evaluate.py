@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from detectron2.config import instantiate
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, inference_on_dataset
 from detectron2.utils import comm
@@ -22,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpointer import write_atomically
 from .errors import RunError
+from .pictures import make_picture_evaluators
 
 logger = logging.getLogger(__name__)
 
@@ -103,11 +103,10 @@ def evaluate_test_sets(
     """Evaluate ``model`` on each test set; all processes take part.
 
     Writes ``<output_dir>/inference/<data set>/results.json``: numbers, and the protocol they were
-    obtained by. Pictures go to ``<output_dir>/pictures/<data set>/``, with a contact sheet of all
-    test sets beside the folders.
+    obtained by. Pictures go to ``<output_dir>/pictures/<data set>/``, with a contact sheet.
 
     Args:
-        pictures: images drawn per test set, the first ones.
+        pictures: images drawn per test set.
         checkpoint: where the weights are from; only noted down.
         storage: of a running training, gets the contact sheets for TensorBoard.
 
@@ -121,13 +120,15 @@ def evaluate_test_sets(
         # Processes have different numbers of batches: nothing may wait for the others in between.
         model = model.module
     results: dict[str, dict[str, Any]] = {}
-    sheets = []
     for number, test_set in enumerate(test_sets, start=1):
         logger.info("Evaluating %s (%d of %d)", test_set.name, number, len(test_sets))
-        samples = SampleCollector(pictures if comm.is_main_process() else 0)
+        drawn = make_picture_evaluators(
+            test_set.name, test_set.tokenizer, output_dir=output_dir, limit=pictures
+        )
+        first = FirstCaption()
         try:
             found = inference_on_dataset(
-                model, test_set.loader, DatasetEvaluators([test_set.evaluator, samples])
+                model, test_set.loader, DatasetEvaluators([test_set.evaluator, first, *drawn])
             )
         except Exception as error:
             raise RunError(
@@ -136,44 +137,30 @@ def evaluate_test_sets(
         if not comm.is_main_process():
             continue
         results[test_set.name] = dict(found)
-        _write_results(test_set, found, samples, output_dir, checkpoint)
-        if samples.pairs:
-            sheets += _draw(test_set, samples, output_dir, storage)
-    if sheets:
-        _save_contact_sheet(sheets, output_dir)
+        _write_results(test_set, found, first.caption, output_dir, checkpoint)
+        if storage is not None:
+            for pictured in drawn:
+                pictured.show(storage, f"{test_set.name}/pictures")
     return results
 
 
-class SampleCollector(DatasetEvaluator):
-    """Keeps the first model inputs and outputs, for pictures and for the record.
-
-    Args:
-        limit: images to keep. The prompt of the first image is kept in any case.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.reset()
+class FirstCaption(DatasetEvaluator):
+    """Remembers the prompt of the first image: part of the protocol of a number."""
 
     def reset(self) -> None:
-        self.pairs: list[tuple[Mapping[str, Any], Any]] = []
-        self.first_caption = ""
+        self.caption = ""
 
     def process(self, inputs: Batch, outputs: Sequence[Mapping[str, Any]]) -> None:
-        for item, output in zip(inputs, outputs):
-            if not self.first_caption:
-                prompt = item["prompt"]
-                prompts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
-                self.first_caption = " | ".join(part.text for part in prompts)
-            if len(self.pairs) >= self.limit:
-                return
-            self.pairs.append((item, output["instances"].to(torch.device("cpu"))))
+        if not self.caption:
+            prompt = inputs[0]["prompt"]
+            prompts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
+            self.caption = " | ".join(part.text for part in prompts)
 
 
 def _write_results(
     test_set: TestSet,
     results: Mapping[str, Any],
-    samples: SampleCollector,
+    caption: str,
     output_dir: str,
     checkpoint: str,
 ) -> None:
@@ -183,7 +170,7 @@ def _write_results(
             "dataset": test_set.name,
             "evaluator": f"{type(evaluator).__module__}.{type(evaluator).__qualname__}",
             "settings": _plain_settings(evaluator),
-            "caption_of_first_image": samples.first_caption,
+            "caption_of_first_image": caption,
             "checkpoint": checkpoint,
         },
         "results": _without_nan(results),

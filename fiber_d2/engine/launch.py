@@ -14,8 +14,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
 
-logger = logging.getLogger(__name__)
-
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
@@ -99,6 +97,8 @@ def launch(
                 "'auto' works on one machine only."
             )
         dist_url = f"tcp://127.0.0.1:{find_free_port()}"
+    # It announces each process that it ends after another one failed; that one has said why.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     mp.spawn(
         _process,
         nprocs=num_processes,

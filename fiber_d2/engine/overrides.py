@@ -101,10 +101,14 @@ def _load_lazy_config(
         cfg = LazyConfig.load(config_file)
     except (SyntaxError, ImportError) as error:
         raise ValueError(f"{config_file} cannot be loaded: {error}") from error
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ValueError(f"An override cannot be read: {error}") from error
+    parsed = []
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"The override {text!r} cannot be read: {reason}.") from error
     given = [o.value() for o in parsed if o.key_or_group == "train.output_dir"]
     on_loaded(given[-1] if given else OmegaConf.select(cfg, "train.output_dir"))
     for override in parsed:
@@ -178,11 +182,12 @@ def takes_argument(node: Mapping[str, Any], name: str) -> bool:
 
 
 def _unknown_key(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.8)
     if not close:
         # A wrong path with a right last part: "max_iter" for "train.max_iter".
-        last = key.rsplit(".", 1)[-1].lower()
-        close = [name for name in known if name.rsplit(".", 1)[-1].lower() == last][:3]
+        ends = [name.rsplit(".", 1)[-1] for name in known]
+        wanted = set(difflib.get_close_matches(key.rsplit(".", 1)[-1], set(ends), n=3, cutoff=0.8))
+        close = [name for name, end in zip(known, ends) if end in wanted][:3]
     hint = f"did you mean {' or '.join(close)}?" if close else "no known key is close to it."
     return f"Unknown configuration key {key!r}: {hint}"
 

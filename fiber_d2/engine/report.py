@@ -90,7 +90,8 @@ def write_report(
     found = _look_up(summary.results, metrics)
     levels: dict[str, float] = {}
     if chance:
-        levels = _look_up(_chance_levels(metrics, chance_seed), metrics)
+        measured = {name: metrics[name] for name in found}
+        levels = _look_up(_chance_levels(measured, chance_seed), measured)
     content: dict[str, Any] = dict(found)
     content.update({f"chance/{name}": value for name, value in levels.items()})
     content.update(

@@ -92,7 +92,9 @@ class StepTrainer(TrainerBase):
         if self._batches is None:
             self.start_loading()
         start = time.perf_counter()
-        batch = next(self._batches)
+        batch = next(self._batches, None)
+        if batch is None:
+            raise RuntimeError("the training loader has ended, but it has to be endless")
         data_time = time.perf_counter() - start
 
         with torch.autocast(

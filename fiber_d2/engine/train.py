@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import sys
@@ -46,6 +47,8 @@ def set_up(output_dir: str, *, seed: int, threads: int | None = None) -> None:
         torch.set_num_threads(threads)
     seed_all_rng(None if seed < 0 else seed + rank)
     if comm.is_main_process():
+        # It warns of a CUDA toolkit on a machine without a GPU, which is no mistake.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         with open(os.path.join(output_dir, "environment.txt"), "w") as file:
             file.write(collect_env_info() + "\n")
         gpu = f"GPU {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
@@ -64,10 +67,13 @@ def distribute(model: nn.Module) -> nn.Module:
     if comm.get_world_size() == 1:
         return model
     on_gpu = next(model.parameters()).is_cuda
+    # Buffers are constants here. torch renamed the argument, and warns of the old name.
+    names = inspect.signature(DistributedDataParallel).parameters
+    argument = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     return DistributedDataParallel(
         model,
         device_ids=[torch.cuda.current_device()] if on_gpu else None,
-        broadcast_buffers=False,
+        **{argument: False},
     )
 
 
@@ -75,23 +81,27 @@ def run_lazy_config(cfg: DictConfig, *, resume: bool = False, eval_only: bool = 
     """The whole program for a LazyConfig, in each of its processes.
 
     ``cfg`` has the nodes ``model``, ``dataloader.{train,test,evaluator}``, ``optimizer``,
-    ``lr_multiplier`` and ``train``, and may have ``prepare`` (called first, by one process) and
-    ``report`` (makes the function that is called last).
+    ``lr_multiplier`` and ``train``, and may have ``register`` (a list, called first, in every
+    process, for one's own data sets), ``prepare`` (called next, by one process) and ``report``
+    (makes the function that is called last).
 
     Args:
         resume: continue from the last checkpoint in ``train.output_dir`` where there is one.
         eval_only: evaluate ``train.init_checkpoint`` (with ``resume`` the last checkpoint).
     """
+    started = time.perf_counter()
     set_up(cfg.train.output_dir, seed=cfg.train.seed, threads=cfg.train.get("threads"))
     if comm.is_main_process():
         LazyConfig.save(cfg, os.path.join(cfg.train.output_dir, "config.yaml"))
-        if "prepare" in cfg:
-            instantiate(cfg.prepare)
+    for node in cfg.get("register", ()):
+        instantiate(node)
+    if comm.is_main_process() and "prepare" in cfg:
+        instantiate(cfg.prepare)
     comm.synchronize()
     if eval_only:
         evaluate_only(cfg, resume=resume)
     else:
-        do_train(cfg, resume=resume)
+        do_train(cfg, resume=resume, started=started)
 
 
 def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, Any]]:
@@ -110,15 +120,20 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[st
     return do_test(cfg, model, test_sets=test_sets, checkpoint=path)
 
 
-def do_train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, Any]]:
+def do_train(
+    cfg: DictConfig, *, resume: bool = False, started: float | None = None
+) -> dict[str, dict[str, Any]]:
     """Train, evaluate, report; see :func:`run_lazy_config`.
 
     Everything that can be wrong with the configuration or the data is found before training.
 
+    Args:
+        started: ``time.perf_counter()`` of when the run began; None means now.
+
     Returns:
         The results of the last evaluation, in the main process.
     """
-    started = time.perf_counter()
+    started = time.perf_counter() if started is None else started
     train = cfg.train
     model = instantiate(cfg.model).to(train.device)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
