@@ -11,7 +11,7 @@ from detectron2.config import LazyCall as L
 
 from fiber_d2.data import register_coco_json
 
-from ..quickstart import dataloader, lr_multiplier, model, optimizer, train
+from ..quickstart import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
 
 data = dict(
     train_json="datasets/custom/train.json",

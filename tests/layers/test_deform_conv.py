@@ -46,9 +46,7 @@ def test_agrees_with_torchvision_forward_and_backward(height, width, stride, spr
 
 def test_without_offsets_it_is_a_convolution():
     x, weight, bias = torch.randn(1, 3, 5, 6), torch.randn(4, 3, 3, 3), torch.randn(4)
-    out = modulated_deform_conv2d(
-        x, torch.zeros(1, 18, 5, 6), torch.ones(1, 9, 5, 6), weight, bias
-    )
+    out = modulated_deform_conv2d(x, torch.zeros(1, 18, 5, 6), torch.ones(1, 9, 5, 6), weight, bias)
     torch.testing.assert_close(
         out, torch.nn.functional.conv2d(x, weight, bias, padding=1), atol=1e-5, rtol=1e-5
     )

@@ -95,7 +95,5 @@ def test_dyrelu_follows_its_formula():
         for channel in range(8):
             a1, b1, a2, b2 = theta[:, channel]
             value = x[image, channel]
-            expected = torch.maximum(
-                value * (2 * a1) + b1 - 0.5, value * (2 * a2 - 1) + b2 - 0.5
-            )
+            expected = torch.maximum(value * (2 * a1) + b1 - 0.5, value * (2 * a2 - 1) + b2 - 0.5)
             torch.testing.assert_close(out[image, channel], expected)

@@ -23,9 +23,7 @@ def _inputs(tokens=6, batch=2):
 def test_agrees_with_a_loop_over_images():
     levels, logits, deltas, centerness = _inputs()
     mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    boxes = torch.tensor(
-        [[[4.0, 4, 30, 34], [20, 20, 60, 60]], [[10.0, 8, 40, 50], [0, 0, 0, 0]]]
-    )
+    boxes = torch.tensor([[[4.0, 4, 30, 34], [20, 20, 60, 60]], [[10.0, 8, 40, 50], [0, 0, 0, 0]]])
     valid = torch.tensor([[True, True], [True, False]])
     positive_map = torch.zeros(2, 2, 6, dtype=torch.bool)
     positive_map[0, 0, 1:3] = positive_map[0, 1, 4] = positive_map[1, 0, 2] = True

@@ -38,7 +38,12 @@ def _run(processor, token_logits, centerness, positive_map=None):
     if positive_map is None:
         positive_map = torch.eye(token_logits.shape[2]).expand(pairs, -1, -1)
     return processor(
-        anchors, token_logits, torch.zeros(pairs, 20, 4), centerness, positive_map, [(30, 28)] * pairs
+        anchors,
+        token_logits,
+        torch.zeros(pairs, 20, 4),
+        centerness,
+        positive_map,
+        [(30, 28)] * pairs,
     )
 
 
@@ -55,9 +60,7 @@ def test_threshold_applies_before_centerness_and_score_is_the_geometric_mean():
     assert result.pred_classes.tolist() == [0]
     torch.testing.assert_close(result.scores, torch.tensor([math.sqrt(0.06 * 0.5)]))
     # Anchor 5 is centred on (11.5, 11.5) with a side of 16 pixels, inclusively counted.
-    torch.testing.assert_close(
-        result.pred_boxes.tensor, torch.tensor([[4.0, 4.0, 19.0, 19.0]])
-    )
+    torch.testing.assert_close(result.pred_boxes.tensor, torch.tensor([[4.0, 4.0, 19.0, 19.0]]))
 
 
 def test_boxes_are_clipped_to_the_unpadded_image_and_sorted():
