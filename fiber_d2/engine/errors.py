@@ -36,7 +36,7 @@ class ErrorReporter:
 
     def note_output_dir(self, output_dir: str) -> None:
         """Where ``error.log`` goes, as soon as it is known."""
-        self.output_dir = output_dir
+        self.output_dir = str(output_dir)
 
     @contextmanager
     def exit_on_error(self) -> Iterator[None]:

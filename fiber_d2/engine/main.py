@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 import fiber_d2  # noqa: F401 - fills the registries
 
 from .default_trainer import run_cfg_node
-from .errors import FAILURE_EXIT_CODE, ErrorReporter
+from .errors import ErrorReporter
 from .launch import choose_device, launch
 from .overrides import import_user_modules, load_config
 from .train import run_lazy_config
@@ -65,8 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 args=(args, reporter.first),
             )
         except mp.ProcessExitedException as error:
-            # The process has said why.
-            sys.exit(error.exit_code if error.exit_code > 0 else FAILURE_EXIT_CODE)
+            if error.exit_code > 0:
+                # The process has said why.
+                sys.exit(error.exit_code)
+            raise
 
 
 def prepare(args: argparse.Namespace, reporter: ErrorReporter) -> tuple[Any, str, int]:
@@ -79,6 +81,8 @@ def prepare(args: argparse.Namespace, reporter: ErrorReporter) -> tuple[Any, str
     )
     if lazy:
         cfg.train.device = device
+        # train.output_dir=1 is a number to the parser of overrides.
+        cfg.train.output_dir = str(cfg.train.output_dir)
     else:
         cfg.defrost()
         cfg.MODEL.DEVICE = device

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,12 @@ def import_user_modules(names: Sequence[str]) -> None:
 def _import_file(path: str) -> None:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--import {path}: the file does not exist.")
-    name = "fiber_d2_user_" + os.path.splitext(os.path.basename(path))[0]
+    path = os.path.realpath(path)
+    # Files of one name in different folders are different modules.
+    stem = os.path.splitext(os.path.basename(path))[0]
+    name = f"fiber_d2_user_{stem}_{zlib.crc32(path.encode()):08x}"
+    if name in sys.modules:
+        return
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     # Registered first, so that what the module defines can be pickled for loader workers.
