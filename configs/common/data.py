@@ -27,8 +27,8 @@ dataloader.train = L(build_train_loader)(
 # One node, or a list of them with a `dataset` each.
 dataloader.test = L(build_test_loader)(
     dataset="???",
-    tokenizer="${..train.tokenizer}",
-    augmentations=[L(ResizeShortestEdgeTruncated)(short_edge_length=[800], max_size=1333)],
+    tokenizer="${dataloader.train.tokenizer}",
+    augmentations=[L(ResizeShortestEdgeTruncated)(short_edge_length=800, max_size=1333)],
     num_workers=4,
 )
 

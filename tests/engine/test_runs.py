@@ -4,11 +4,14 @@ import json
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from fiber_d2.engine.launch import find_free_port
+
+REPOSITORY = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow
 
@@ -231,3 +234,20 @@ def test_data_that_a_user_registered(tmp_path, datasets_root, config_file, run):
     assert "weights are random" in out
     assert (tmp_path / "out" / "inference" / "mine" / "results.json").exists()
     assert (tmp_path / "out" / "pictures" / "mine" / "contact_sheet.png").exists()
+
+
+def test_the_recipe_for_custom_data(tmp_path, datasets_root, run):
+    shapes = datasets_root / "shapes"
+    arguments = [
+        *("--config-file", REPOSITORY / "configs" / "finetune" / "custom_coco.py", "--eval-only"),
+        *("train.output_dir=out", "train.init_checkpoint=''", "train.pictures=1"),
+        f"data.train_json={shapes}/annotations/instances_train.json",
+        f"data.image_root={shapes}/images/val",
+    ]
+    code, _, err = run(*arguments, f"data.val_json={shapes}/annotations/instances_val.json")
+    assert code == 0, err
+    assert (tmp_path / "out" / "inference" / "custom_val" / "results.json").exists()
+    code, _, err = run(*arguments, "data.val_json=no.json")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "no.json" in err
