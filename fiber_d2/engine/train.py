@@ -91,8 +91,8 @@ def run_lazy_config(cfg: DictConfig, *, resume: bool = False, eval_only: bool = 
     """
     started = time.perf_counter()
     set_up(cfg.train.output_dir, seed=cfg.train.seed, threads=cfg.train.get("threads"))
-    if "register" in cfg:
-        instantiate(cfg.register)
+    for node in cfg.get("register", {}).values():
+        instantiate(node)
     if comm.is_main_process():
         LazyConfig.save(cfg, os.path.join(cfg.train.output_dir, "config.yaml"))
     for node in cfg.get("register", ()):

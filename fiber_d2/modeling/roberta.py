@@ -55,12 +55,14 @@ class MultiHeadAttention(nn.Module):
 class ImageToTextAttention(nn.Module):
     """Text side of the exchange: tokens read the whole image, scaled by a learnt ``alpha``."""
 
-    def __init__(self, *, dim: int, num_heads: int, image_dim: int, dropout: float) -> None:
+    def __init__(
+        self, *, dim: int, num_heads: int, image_dim: int, dropout: float, alpha_init: float
+    ) -> None:
         super().__init__()
         self.attention = MultiHeadAttention(
             dim=dim, num_heads=num_heads, context_dim=image_dim, dropout=dropout
         )
-        self.alpha = nn.Parameter(torch.zeros(1))
+        self.alpha = nn.Parameter(torch.full((1,), float(alpha_init)))
 
     def forward(self, x: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """``x`` (P, T, D), ``image`` (P, S, C): no token of the image is masked."""
@@ -79,6 +81,7 @@ class RobertaLayer(nn.Module):
         dropout: float,
         norm_eps: float,
         image_dim: int | None,
+        alpha_init: float,
     ) -> None:
         super().__init__()
         self.dropout = dropout
@@ -89,7 +92,11 @@ class RobertaLayer(nn.Module):
             None
             if image_dim is None
             else ImageToTextAttention(
-                dim=dim, num_heads=num_heads, image_dim=image_dim, dropout=dropout
+                dim=dim,
+                num_heads=num_heads,
+                image_dim=image_dim,
+                dropout=dropout,
+                alpha_init=alpha_init,
             )
         )
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
@@ -150,6 +157,7 @@ class RobertaEncoder(nn.Module):
         dropout: hidden and attention dropout in training.
         pad_token_id: vocabulary index of the padding.
         norm_eps: of every LayerNorm.
+        alpha_init: initial weight of the image in fused layers.
     """
 
     def __init__(
@@ -165,6 +173,7 @@ class RobertaEncoder(nn.Module):
         dropout: float = 0.1,
         pad_token_id: int = 1,
         norm_eps: float = 1e-5,
+        alpha_init: float = 0.0,
     ) -> None:
         super().__init__()
         if len(image_dims) > num_layers:
@@ -190,6 +199,7 @@ class RobertaEncoder(nn.Module):
                 dropout=dropout,
                 norm_eps=norm_eps,
                 image_dim=image_dim,
+                alpha_init=alpha_init,
             )
             for image_dim in (None,) * self.num_text_only + tuple(image_dims)
         )

@@ -52,23 +52,26 @@ class TextToWindowAttention(nn.Module):
     """Image side of the exchange: window tokens read the caption.
 
     ``x + alpha * proj(attention(query(x), key(text), value(text)))``; every window reads the same
-    text, so keys and values are computed once per pair. ``alpha`` starts at 0.
+    text, so keys and values are computed once per pair.
 
     Args:
         dim: width C of the image tokens.
         text_dim: width D of the text tokens.
         num_heads: heads of the block.
         query_norm: LayerNorm before the query projection (FIBER v3).
+        alpha_init: where ``alpha`` starts.
     """
 
-    def __init__(self, *, dim: int, text_dim: int, num_heads: int, query_norm: bool) -> None:
+    def __init__(
+        self, *, dim: int, text_dim: int, num_heads: int, query_norm: bool, alpha_init: float
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if query_norm else nn.Identity()
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(text_dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.alpha = nn.Parameter(torch.zeros(1))
+        self.alpha = nn.Parameter(torch.full((1,), float(alpha_init)))
 
     def forward(self, x: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
         """``x`` (P, windows, N, C), ``text`` (P, T, D), ``text_mask`` bool (P, T) -> like ``x``."""
@@ -242,6 +245,8 @@ class SwinTransformer(nn.Module):
         fused_blocks: per stage, how many of its last blocks read the text.
         text_dim: width of the text tokens those blocks read.
         query_norm: the extra LayerNorm of FIBER v3.
+        alpha_init: initial weight of the text in fused blocks; 0, the published choice, leaves
+            pre-trained towers undisturbed.
         mlp_ratio: hidden width of the MLPs over the block's.
         drop_path: rate of the last block; grows linearly from 0 over all blocks.
         patch_size: side of a patch in pixels.
@@ -260,6 +265,7 @@ class SwinTransformer(nn.Module):
         fused_blocks: Sequence[int] = (0, 0, 4, 2),
         text_dim: int = 768,
         query_norm: bool = False,
+        alpha_init: float = 0.0,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.4,
         patch_size: int = 4,
@@ -302,6 +308,7 @@ class SwinTransformer(nn.Module):
                             text_dim=text_dim,
                             num_heads=num_heads[stage],
                             query_norm=query_norm,
+                            alpha_init=alpha_init,
                         )
                         if fused
                         else None,
