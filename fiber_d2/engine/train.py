@@ -81,9 +81,9 @@ def run_lazy_config(cfg: DictConfig, *, resume: bool = False, eval_only: bool = 
     """The whole program for a LazyConfig, in each of its processes.
 
     ``cfg`` has the nodes ``model``, ``dataloader.{train,test,evaluator}``, ``optimizer``,
-    ``lr_multiplier`` and ``train``, and may have ``register`` (a list, called first, in every
-    process, for one's own data sets), ``prepare`` (called next, by one process) and ``report``
-    (makes the function that is called last).
+    ``lr_multiplier`` and ``train``, and may have ``register`` (a dict of nodes, called first, in
+    every process, for one's own data sets; a plain list would not do, LazyConfig drops it),
+    ``prepare`` (called next, by one process) and ``report`` (makes the function called last).
 
     Args:
         resume: continue from the last checkpoint in ``train.output_dir`` where there is one.
@@ -91,11 +91,10 @@ def run_lazy_config(cfg: DictConfig, *, resume: bool = False, eval_only: bool = 
     """
     started = time.perf_counter()
     set_up(cfg.train.output_dir, seed=cfg.train.seed, threads=cfg.train.get("threads"))
-    for node in cfg.get("register", {}).values():
-        instantiate(node)
     if comm.is_main_process():
         LazyConfig.save(cfg, os.path.join(cfg.train.output_dir, "config.yaml"))
-    for node in cfg.get("register", ()):
+    register = cfg.get("register") or []
+    for node in register.values() if isinstance(register, DictConfig) else register:
         instantiate(node)
     if comm.is_main_process() and "prepare" in cfg:
         instantiate(cfg.prepare)
