@@ -35,13 +35,16 @@ model.head.postprocessor.score_thresh = 0.0
 
 train.output_dir = "output/quickstart"
 train.device = "cuda"
-train.max_iter = 1300
+train.max_iter = 1150
 train.eval_period = 0
 train.checkpointer.update(period=200, max_to_keep=2)
 train.clip_grad = 1.0
 
 optimizer.lr = 1e-3
 optimizer.weight_decay = 0.05
+optimizer.betas = (0.9, 0.95)
+# Post-norm text layers that train from scratch at the full rate make all words alike.
+optimizer.params.text_lr_factor = 0.3
 lr_multiplier.warmup_iters = 50
 
 dataloader.train.update(
@@ -51,7 +54,7 @@ dataloader.train.update(
     tokenizer="shapes",
     augmentations=[
         L(T.RandomFlip)(horizontal=True),
-        L(T.ResizeShortestEdge)(short_edge_length=[SIZE], max_size=SIZE),
+        L(T.ResizeShortestEdge)(short_edge_length=SIZE, max_size=SIZE),
     ],
     total_batch_size=16,
     num_workers=1,
@@ -61,7 +64,7 @@ dataloader.test = [
     L(build_test_loader)(
         dataset=dataset,
         tokenizer="${...train.tokenizer}",
-        augmentations=[L(T.ResizeShortestEdge)(short_edge_length=[SIZE], max_size=SIZE)],
+        augmentations=[L(T.ResizeShortestEdge)(short_edge_length=SIZE, max_size=SIZE)],
         batch_size=32,
         num_workers=1,
     )

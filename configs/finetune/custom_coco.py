@@ -37,11 +37,13 @@ train.eval_period = 0
 dataloader.train.datasets = ["custom_train"]
 dataloader.train.weights = None
 dataloader.train.total_batch_size = 8
-dataloader.train.augmentations[1].update(short_edge_length=[192, 224, 256], max_size=384)
+dataloader.train.augmentations[1].update(
+    short_edge_length=[192, 224, 256], max_size=384, sample_style="choice"
+)
 dataloader.test = dataloader.test[0]
 dataloader.test.dataset = "custom_val"
 dataloader.test.batch_size = 4
-dataloader.test.augmentations[0].update(short_edge_length=[224], max_size=384)
+dataloader.test.augmentations[0].update(short_edge_length=224, max_size=384)
 
 optimizer.lr = 5e-4
 lr_multiplier.warmup_iters = 50
