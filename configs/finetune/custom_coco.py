@@ -20,14 +20,14 @@ data = dict(
 )
 
 # Called in every process before the data sets are used.
-register = [
-    L(register_coco_json)(
+register = dict(
+    train=L(register_coco_json)(
         name="custom_train", json_file="${data.train_json}", image_root="${data.image_root}"
     ),
-    L(register_coco_json)(
+    val=L(register_coco_json)(
         name="custom_val", json_file="${data.val_json}", image_root="${data.image_root}"
     ),
-]
+)
 
 train.output_dir = "output/custom_coco"
 train.init_checkpoint = "output/quickstart/model_final.pth"
@@ -40,10 +40,9 @@ dataloader.train.total_batch_size = 8
 dataloader.train.augmentations[1].update(
     short_edge_length=[192, 224, 256], max_size=384, sample_style="choice"
 )
-dataloader.test = dataloader.test[0]
-dataloader.test.dataset = "custom_val"
-dataloader.test.batch_size = 4
-dataloader.test.augmentations[0].update(short_edge_length=224, max_size=384)
+dataloader.test = dataloader.test[:1]
+dataloader.test[0].update(dataset="custom_val", batch_size=4)
+dataloader.test[0].augmentations[0].update(short_edge_length=224, max_size=384)
 
 optimizer.lr = 5e-4
 lr_multiplier.warmup_iters = 50

@@ -163,7 +163,7 @@ FIBER:
 DATASETS:
   TRAIN: ("shapes_detection_train",)
   TEST: ("shapes_detection_val",)
-INPUT: {{MIN_SIZE_TRAIN: [64], MIN_SIZE_TEST: 64}}
+INPUT: {{MIN_SIZE_TRAIN: [{size}], MIN_SIZE_TEST: {size}}}
 DATALOADER: {{NUM_WORKERS: 0}}
 SOLVER:
   IMS_PER_BATCH: 4
@@ -180,7 +180,7 @@ VERSION: 2
 
 def test_yaml_trains_resumes_and_evaluates(tmp_path, run):
     path = tmp_path / "config.yaml"
-    path.write_text(YAML.format(amp="False"))
+    path.write_text(YAML.format(amp="False", size=64))
     whole = ["--config-file", path, "SOLVER.MAX_ITER=6", "OUTPUT_DIR=whole"]
     code, _, err = run(*whole)
     assert code == 0, err
@@ -210,7 +210,7 @@ def test_yaml_trains_resumes_and_evaluates(tmp_path, run):
 
 def test_yaml_with_mixed_precision_in_two_cpu_processes(tmp_path, run):
     path = tmp_path / "config.yaml"
-    path.write_text(YAML.format(amp="True"))
+    path.write_text(YAML.format(amp="True", size=128))
     code, _, err = run(
         *("--config-file", path, "--num-gpus", 2, "SOLVER.MAX_ITER=2", "OUTPUT_DIR=out"),
         "DATASETS.TEST=()",
