@@ -23,8 +23,14 @@ def losses(folder):
     return {row["iteration"]: row["total_loss"] for row in rows if "total_loss" in row}
 
 
-def weights(folder):
-    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+def differing(folder, other):
+    """Names of the final weights that are not equal to the last bit."""
+    first, second = (
+        torch.load(place / "model_final.pth", weights_only=True)["model"]
+        for place in (folder, other)
+    )
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
 
 
 def test_processes_and_machines_train_on_the_same_batches(tmp_path, config_file, run, start):
@@ -99,9 +105,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, dropout_confi
     code, out, err = run(*arguments, "--resume", *overrides, "train.output_dir=killed")
     assert code == 0, err
     assert "Resuming after iteration" in out
-    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert differing(tmp_path / "whole", tmp_path / "killed") == []
     rates = [
         json.loads((tmp_path / name / "training.jsonl").read_text().splitlines()[-1])["lr"]
         for name in ("whole", "killed")
@@ -193,8 +197,7 @@ def test_yaml_trains_resumes_and_evaluates(tmp_path, run):
     (tmp_path / "half" / "last_checkpoint").write_text("model_0000002.pth")
     code, _, err = run("--config-file", path, "--resume", *half)
     assert code == 0, err
-    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "half")
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert differing(tmp_path / "whole", tmp_path / "half") == []
 
     code, _, err = run(
         *("--config-file", path, "--eval-only", "--num-gpus", 2),
@@ -210,6 +213,8 @@ def test_yaml_trains_resumes_and_evaluates(tmp_path, run):
 
 def test_yaml_with_mixed_precision_in_two_cpu_processes(tmp_path, run):
     path = tmp_path / "config.yaml"
+    # At 64 pixels p7 would come from a map of one pixel, where the weight gradient of torch's
+    # bfloat16 convolution with stride 2 is left uninitialised on CPUs (seen with 2.14.1).
     path.write_text(YAML.format(amp="True", size=128))
     code, _, err = run(
         *("--config-file", path, "--num-gpus", 2, "SOLVER.MAX_ITER=2", "OUTPUT_DIR=out"),
