@@ -33,6 +33,8 @@ REQUIREMENTS = [
     "torch>=2.1",
     "torchvision>=0.16",
     "numpy>=1.23",
+    # Detectron2's drawing imports cv2; the headless build needs no system libraries.
+    "opencv-python-headless",
     "Pillow>=9.1",
     "transformers>=4.36",
     "tokenizers>=0.15",
@@ -69,7 +71,6 @@ setup(
     extras_require={
         "fast": FAST,
         "lvis": ["lvis>=0.5.3"],
-        "demo": ["opencv-python-headless"],
         "dev": [*FAST, "hypothesis>=6", "pytest>=7", "ruff>=0.6", "scipy"],
     },
     entry_points={"console_scripts": ["fiber-d2-train = fiber_d2.engine.main:main"]},

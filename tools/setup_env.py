@@ -220,6 +220,8 @@ def set_up(environment: Environment) -> None:
             "the other libraries and this project (editable)",
             lambda: environment.pip_install("--no-build-isolation", "-e", ".[dev]"),
         ),
+        # Only tests use it. Its requirements would bring a second cv2, one that needs libGL.
+        ("lvis, for the tests", lambda: environment.pip_install("--no-deps", "lvis")),
         ("Detectron2", lambda: environment.run("tools/install_detectron2.py")),
     )
     write_constraints(environment)
