@@ -71,6 +71,8 @@ setup(
     extras_require={
         "fast": FAST,
         "lvis": ["lvis>=0.5.3"],
+        # Drawing needs nothing beyond the requirements so far.
+        "demo": [],
         "dev": [*FAST, "hypothesis>=6", "pytest>=7", "ruff>=0.6", "scipy"],
     },
     entry_points={"console_scripts": ["fiber-d2-train = fiber_d2.engine.main:main"]},

@@ -1,4 +1,4 @@
-"""The same architecture at about 5 M parameters, for the quickstart and for tests."""
+"""The same architecture at about 6 M parameters, for the quickstart and for tests."""
 
 from .fiber_b import model
 
