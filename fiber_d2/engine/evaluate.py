@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpointer import write_atomically
 from .errors import RunError
-from .pictures import make_picture_evaluators
+from .pictures import make_picture_evaluators, write_overview
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,8 @@ def evaluate_test_sets(
     """Evaluate ``model`` on each test set; all processes take part.
 
     Writes ``<output_dir>/inference/<data set>/results.json``: numbers, and the protocol they were
-    obtained by. Pictures go to ``<output_dir>/pictures/<data set>/``, with a contact sheet.
+    obtained by. Pictures go to ``<output_dir>/pictures/<data set>/``, with a contact
+    sheet of each set, and one of all sets above them.
 
     Args:
         pictures: images drawn per test set.
@@ -120,11 +121,13 @@ def evaluate_test_sets(
         # Processes have different numbers of batches: nothing may wait for the others in between.
         model = model.module
     results: dict[str, dict[str, Any]] = {}
+    all_drawn = []
     for number, test_set in enumerate(test_sets, start=1):
         logger.info("Evaluating %s (%d of %d)", test_set.name, number, len(test_sets))
         drawn = make_picture_evaluators(
             test_set.name, test_set.tokenizer, output_dir=output_dir, limit=pictures
         )
+        all_drawn.extend(drawn)
         first = FirstCaption()
         try:
             found = inference_on_dataset(
@@ -141,6 +144,7 @@ def evaluate_test_sets(
         if storage is not None:
             for pictured in drawn:
                 pictured.show(storage, f"{test_set.name}/pictures")
+    write_overview(output_dir, all_drawn)
     return results
 
 

@@ -15,8 +15,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
+from fiber_d2.drawing import contact_sheet, save_png
 from fiber_d2.text import load_tokenizer
 from fiber_d2.visualization import PredictionDrawer, ground_truth_of
+
+OVERVIEW_CELL_WIDTH = 480
 
 
 class PictureEvaluator(DatasetEvaluator):
@@ -53,6 +56,24 @@ class PictureEvaluator(DatasetEvaluator):
             with Image.open(self.paths[-1]) as sheet:
                 pixels = np.array(sheet.convert("RGB"))
             storage.put_image(name, pixels.transpose(2, 0, 1))
+
+
+def write_overview(output_dir: str, drawn: Sequence[PictureEvaluator]) -> Path | None:
+    """All pictures of several test sets on one page, ``<output_dir>/pictures/contact_sheet.png``.
+
+    Returns:
+        its path, or None where nothing was drawn.
+    """
+    pictures = []
+    for evaluator in drawn:
+        for path in evaluator.paths[:-1]:  # the last one is the set's own sheet
+            with Image.open(path) as picture:
+                pictures.append(np.asarray(picture.convert("RGB")))
+    if not pictures:
+        return None
+    path = Path(output_dir, "pictures", "contact_sheet.png")
+    save_png(path, contact_sheet(pictures, cell_width=OVERVIEW_CELL_WIDTH))
+    return path
 
 
 def _with_kind(dataset: str, records: Mapping[Any, Mapping[str, Any]]) -> Metadata:

@@ -238,7 +238,9 @@ def test_data_that_a_user_registered(tmp_path, datasets_root, config_file, run):
     assert code == 0, err
     assert "weights are random" in out
     assert (tmp_path / "out" / "inference" / "mine" / "results.json").exists()
-    assert (tmp_path / "out" / "pictures" / "mine" / "contact_sheet.png").exists()
+    pictures = tmp_path / "out" / "pictures"
+    assert (pictures / "mine" / "contact_sheet.png").exists()
+    assert (pictures / "contact_sheet.png").exists()
 
 
 def test_the_recipe_for_custom_data(tmp_path, datasets_root, run):
