@@ -56,6 +56,11 @@ class ATSSLanguageHead(nn.Module):
         text_projection_std: of the projection's initial weights. The published 0.02 relies on
             pre-trained towers; from scratch a larger one gives words different directions from
             the first step, without which small models stay for long at "object or not".
+        box_scale_init: initial factor of the box regression of every level. An optimiser that
+            moves weights by its learning rate takes hundreds of steps to grow the published 1
+            and the small initial weights behind it to the size that boxes need.
+        log_scale_init: initial logarithm of what token logits are divided by; a negative one
+            does the same for the alignment of anchors and words.
     """
 
     @configurable
@@ -69,6 +74,8 @@ class ATSSLanguageHead(nn.Module):
         postprocessor: PostProcessor,
         prior_probability: float = 0.01,
         text_projection_std: float = 0.02,
+        box_scale_init: float = 1.0,
+        log_scale_init: float = 0.0,
     ) -> None:
         super().__init__()
         channels = tower.channels
@@ -81,11 +88,11 @@ class ATSSLanguageHead(nn.Module):
         for conv in (self.bbox_pred, self.centerness):
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)
-        self.scales = nn.Parameter(torch.ones(len(anchors.strides)))
+        self.scales = nn.Parameter(torch.full((len(anchors.strides),), float(box_scale_init)))
         self.text_projection = nn.Linear(text_dim, channels)
         nn.init.trunc_normal_(self.text_projection.weight, std=text_projection_std, a=-2, b=2)
         nn.init.zeros_(self.text_projection.bias)
-        self.log_scale = nn.Parameter(torch.zeros(1))
+        self.log_scale = nn.Parameter(torch.full((1,), float(log_scale_init)))
         self.text_bias = nn.Parameter(torch.zeros(text_dim))
         prior_bias = -math.log((1 - prior_probability) / prior_probability)
         self.prior_bias = nn.Parameter(torch.full((1,), prior_bias))

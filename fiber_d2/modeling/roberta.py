@@ -158,6 +158,10 @@ class RobertaEncoder(nn.Module):
         pad_token_id: vocabulary index of the padding.
         norm_eps: of every LayerNorm.
         alpha_init: initial weight of the image in fused layers.
+        init_std: of the initial weights of linear layers and of the embeddings.
+        word_init_std: of the word embeddings; None takes ``init_std``. Where training starts from
+            scratch, a larger one lets the word outweigh its place, so that the same word is the
+            same thing wherever it stands.
     """
 
     def __init__(
@@ -174,6 +178,8 @@ class RobertaEncoder(nn.Module):
         pad_token_id: int = 1,
         norm_eps: float = 1e-5,
         alpha_init: float = 0.0,
+        init_std: float = 0.02,
+        word_init_std: float | None = None,
     ) -> None:
         super().__init__()
         if len(image_dims) > num_layers:
@@ -203,7 +209,10 @@ class RobertaEncoder(nn.Module):
             )
             for image_dim in (None,) * self.num_text_only + tuple(image_dims)
         )
-        self.apply(_init_weights)
+        for module in self.modules():
+            _init_weights(module, init_std)
+        if word_init_std is not None:
+            _init_weights(self.embeddings.word, word_init_std)
 
     @property
     def max_tokens(self) -> int:
@@ -211,9 +220,9 @@ class RobertaEncoder(nn.Module):
         return self.embeddings.position.num_embeddings - self.pad_token_id - 1
 
 
-def _init_weights(module: nn.Module) -> None:
+def _init_weights(module: nn.Module, std: float) -> None:
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
         elif module.padding_idx is not None:

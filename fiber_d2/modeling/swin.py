@@ -111,7 +111,6 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.text_attention = text_attention
-        trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(
         self,
@@ -251,6 +250,9 @@ class SwinTransformer(nn.Module):
         drop_path: rate of the last block; grows linearly from 0 over all blocks.
         patch_size: side of a patch in pixels.
         in_channels: image channels.
+        init_std: of the initial weights of linear layers.
+        position_bias_std: of the initial relative position biases. Larger ones give every head a
+            pattern of places to look at from the first step.
         frozen_stages: -1 trains all; 0 freezes the patch embedding; n >= 2 also stages 1..n-1
             (counted from 1, their patch merging included).
     """
@@ -270,6 +272,8 @@ class SwinTransformer(nn.Module):
         drop_path: float = 0.4,
         patch_size: int = 4,
         in_channels: int = 3,
+        init_std: float = 0.02,
+        position_bias_std: float = 0.02,
         frozen_stages: int = -1,
     ) -> None:
         super().__init__()
@@ -319,7 +323,13 @@ class SwinTransformer(nn.Module):
         self.stages = nn.ModuleList(stages)
         # Outputs of every stage but the first are normalised for the pyramid.
         self.out_norms = nn.ModuleList(nn.LayerNorm(dim, eps=NORM_EPS) for dim in self.dims[1:])
-        self.apply(_init_weights)
+        for module in self.modules():
+            if isinstance(module, WindowAttention):
+                trunc_normal_(module.relative_position_bias_table, std=position_bias_std, a=-9, b=9)
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=init_std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for module in self._frozen_modules():
             module.requires_grad_(False)
 
@@ -337,10 +347,3 @@ class SwinTransformer(nn.Module):
         for module in self._frozen_modules():
             module.eval()
         return self
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
