@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import IO, Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _IncompatibleKeys
 
-MAX_NAMES = 5
-# What torch.load raises for damaged or foreign files, depending on where they break.
-_UNREADABLE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError)
+from fiber_d2.checkpoint import convert_fiber_state_dict, is_fiber_state_dict
+from fiber_d2.checkpoint.convert import check_variant
+from fiber_d2.checkpoint.files import (
+    LAST_CHECKPOINT,
+    read_file,
+    resolve_checkpoint_path,
+    state_dict_of,
+)
+from fiber_d2.checkpoint.files import shorten as _shorten
 
 
 def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
@@ -70,7 +75,8 @@ class FiberCheckpointer(DetectionCheckpointer):
         """Load the model and the checkpointables that the file holds; return the rest.
 
         Args:
-            path: a ``.pth`` file or a URL; empty loads nothing.
+            path: a ``.pth`` file, ours or the original FIBER's, a ``last_checkpoint`` file that
+                names one, or a URL; empty loads nothing.
 
         Raises:
             FileNotFoundError: no such file.
@@ -81,6 +87,8 @@ class FiberCheckpointer(DetectionCheckpointer):
                 f"The checkpoint {path} does not exist: check the path of the checkpoint to start "
                 f"from{self._hint_at_others(path)}."
             )
+        if os.path.basename(path) == LAST_CHECKPOINT and "://" not in path:
+            path = resolve_checkpoint_path(path)
         return super().load(path, *args, **kwargs)
 
     def _hint_at_others(self, path: str) -> str:
@@ -88,26 +96,18 @@ class FiberCheckpointer(DetectionCheckpointer):
         if not os.path.isdir(folder):
             return ""
         names = sorted(name for name in os.listdir(folder) if name.endswith(".pth"))
-        return f" (in {folder} there are {', '.join(names[-MAX_NAMES:])})" if names else ""
+        return f" (in {folder} there are {', '.join(names[-5:])})" if names else ""
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
-            loaded = torch.load(filename, map_location="cpu", weights_only=True)
-        except _UNREADABLE as error:
-            reason = str(error).strip().splitlines()
-            raise ValueError(
-                f"The checkpoint {filename} cannot be read: it is damaged, or no PyTorch file of "
-                f"tensors and plain values ({reason[0] if reason else type(error).__name__})."
-            ) from error
-        weights = loaded.get("model", loaded) if isinstance(loaded, dict) else None
-        if not isinstance(weights, dict) or not weights:
-            raise ValueError(f"The checkpoint {filename} holds no model weights.")
-        if not all(isinstance(value, torch.Tensor) for value in weights.values()):
-            raise ValueError(
-                f"The checkpoint {filename} is no state dict of a model: beside tensors it holds "
-                f"{_shorten([k for k, v in weights.items() if not isinstance(v, torch.Tensor)])}."
-            )
+        loaded = read_file(filename)
+        weights = state_dict_of(loaded, filename, keys=("model",))
         self._loading = filename
+        if is_fiber_state_dict(weights):
+            # One of the original's files: its optimiser and iteration mean nothing here.
+            self.logger.info("%s has the original FIBER's names: converting", filename)
+            converted = convert_fiber_state_dict(weights)
+            check_variant(converted, self.model.state_dict())
+            return {"model": converted}
         return loaded if "model" in loaded else {"model": loaded}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
@@ -143,9 +143,3 @@ class FiberCheckpointer(DetectionCheckpointer):
         if resume and not self.has_checkpoint():
             self.logger.warning("No checkpoint to resume from in %s: a new start.", self.save_dir)
         return super().resume_or_load(path, resume=resume)
-
-
-def _shorten(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:MAX_NAMES])
-    rest = len(names) - MAX_NAMES
-    return f"{shown} and {rest} more" if rest > 0 else shown

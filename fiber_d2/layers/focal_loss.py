@@ -18,18 +18,23 @@ def token_sigmoid_focal_loss(
 
     Args:
         logits: ``(B, A, T)``.
-        targets: ``(B, A, T)`` of 0 and 1.
+        targets: ``(B, A, T)`` of 0 and 1; bool, or float, which may then lie in between.
         token_mask: bool ``(B, T)``, False where a column is padding and does not count.
 
     Returns:
         float32 scalar. Computed in float32 whatever the inputs' type.
     """
     logits = logits.float()
+    soft = targets.is_floating_point()
     targets = targets.to(logits.dtype)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     # One exponential serves probability and its complement.
     probability = logits.sigmoid()
-    error = torch.where(targets > 0, 1 - probability, probability)
-    balance = torch.where(targets > 0, alpha, 1 - alpha)
+    if soft:
+        error = targets * (1 - probability) + (1 - targets) * probability
+        balance = targets * alpha + (1 - targets) * (1 - alpha)
+    else:
+        error = torch.where(targets > 0, 1 - probability, probability)
+        balance = torch.where(targets > 0, alpha, 1 - alpha)
     loss = balance * error**gamma * cross_entropy
     return (loss * token_mask[:, None, :]).sum()

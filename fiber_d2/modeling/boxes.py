@@ -59,6 +59,18 @@ def box_centers(boxes: torch.Tensor) -> torch.Tensor:
     return (boxes[..., :2] + boxes[..., 2:]) / 2
 
 
+def encode_boxes(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Boxes to regression targets ``(..., 4)``, the inverse of :func:`decode_boxes`.
+
+    Args:
+        boxes, anchors: ``(..., 4)``.
+    """
+    size = anchors[..., 2:] - anchors[..., :2] + 1
+    shift = (box_centers(boxes) - box_centers(anchors)) / size
+    log_ratio = ((boxes[..., 2:] - boxes[..., :2] + 1) / size).log()
+    return torch.cat([shift, log_ratio], dim=-1) * boxes.new_tensor(CODE_WEIGHTS)
+
+
 def decode_boxes(deltas: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Regression output to boxes.
 

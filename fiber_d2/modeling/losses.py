@@ -72,7 +72,8 @@ class GroundingLoss(nn.Module):
             text_mask: bool ``(B, T)``.
             boxes: ground truth ``(B, M, 4)`` in pixels of the batch, padded.
             valid: bool ``(B, M)``.
-            positive_map: bool ``(B, M, T)``, tokens of each box.
+            positive_map: ``(B, M, T)``, tokens of each box: bool, as training feeds it, or float
+                weights in 0..1.
 
         Returns:
             ``loss_token``, ``loss_box``, ``loss_centerness``; float32 scalars, summed over the
@@ -88,9 +89,9 @@ class GroundingLoss(nn.Module):
         row = assigned.clamp(min=0)
 
         target = positive_map.gather(1, row[..., None].expand(-1, -1, num_tokens))
-        target = target & positive[..., None]
+        target = target * positive[..., None]
         if num_tokens > self.no_object_column:
-            target[..., self.no_object_column] |= ~positive
+            target[..., self.no_object_column].masked_fill_(~positive, 1)
         token_loss = token_sigmoid_focal_loss(
             token_logits, target, text_mask, alpha=self.focal_alpha, gamma=self.focal_gamma
         )

@@ -1,0 +1,1 @@
+"""Parts of tools/check_parity.py: does this project compute what the original stored?"""
