@@ -4,11 +4,13 @@ from .deform_conv import flat_offset_view, modulated_deform_conv2d, resampled_of
 from .drop_block import DropBlock2d
 from .dyrelu import DyReLU, hard_sigmoid
 from .focal_loss import token_sigmoid_focal_loss
+from .layer_norm import LayerNorm
 from .nms import class_aware_nms
 
 __all__ = [
     "DropBlock2d",
     "DyReLU",
+    "LayerNorm",
     "class_aware_nms",
     "flat_offset_view",
     "hard_sigmoid",

@@ -94,8 +94,10 @@ class DynamicHeadBlock(nn.Module):
                         mixed, size=feature.shape[-2:], mode="bilinear", align_corners=True
                     )
                 )
-            scaled = [result * self._scale(result) for result in results]
-            outputs.append(self.activation(sum(scaled) / len(scaled)))
+            # Factors of whole maps: a few numbers, but what they are rounded to is everywhere.
+            with torch.autocast(feature.device.type, enabled=False):
+                scaled = [result * self._scale(result) for result in results]
+                outputs.append(self.activation(sum(scaled) / len(scaled)))
         return outputs
 
     def _scale(self, x: torch.Tensor) -> torch.Tensor:

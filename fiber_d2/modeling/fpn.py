@@ -51,6 +51,19 @@ class FeaturePyramid(nn.Module):
             lateral = self.laterals[i](features[i])
             merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
             levels.insert(0, self.outputs[i](self.drop_block(merged)))
-        levels.append(self.p6(levels[-1]))
-        levels.append(self.p7(F.relu(levels[-1])))
+        levels.append(_strided(self.p6, levels[-1]))
+        levels.append(_strided(self.p7, F.relu(levels[-1])))
         return levels
+
+
+def _strided(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """``conv(x)``; one-pixel maps in float32 under autocast, too.
+
+    On CPUs, torch 2.14 leaves the bfloat16 weight gradient of a 3x3 convolution of stride 2
+    uninitialised where its input is a single pixel: what was in that memory, NaN included, would
+    reach the optimiser. p7 meets this in images up to 64 pixels, and costs nothing there.
+    """
+    if x.shape[-2:] != (1, 1):
+        return conv(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return conv(x.to(conv.weight.dtype))

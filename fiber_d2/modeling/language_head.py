@@ -116,6 +116,13 @@ class ATSSLanguageHead(nn.Module):
     ) -> HeadOutputs:
         """Pyramid levels ``(P, C, H_l, W_l)``, text ``(P, T, D)``, bool mask ``(P, T)``."""
         features = self.tower(pyramid)
+        # Scores and boxes in float32: cheap beside the tower, and rounding shows in both.
+        with torch.autocast(text.device.type, enabled=False):
+            return self._predict(features, text.to(self.text_bias.dtype), text_mask)
+
+    def _predict(
+        self, features: list[torch.Tensor], text: torch.Tensor, text_mask: torch.Tensor
+    ) -> HeadOutputs:
         anchors = self.anchors(features)
         # (P, A, C), level after level, row by row.
         flat = torch.cat([feature.flatten(2).transpose(1, 2) for feature in features], dim=1)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fiber_d2.layers import LayerNorm
+
 
 class MultiHeadAttention(nn.Module):
     """Query, key, value and output projections around scaled dot-product attention.
@@ -99,10 +101,10 @@ class RobertaLayer(nn.Module):
                 alpha_init=alpha_init,
             )
         )
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm1 = LayerNorm(dim, eps=norm_eps)
         self.fc1 = nn.Linear(dim, mlp_dim)
         self.fc2 = nn.Linear(mlp_dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm2 = LayerNorm(dim, eps=norm_eps)
 
     def forward(
         self, x: torch.Tensor, mask: torch.Tensor, image: torch.Tensor | None = None
@@ -135,7 +137,7 @@ class RobertaEmbeddings(nn.Module):
         self.word = nn.Embedding(vocab_size, dim, padding_idx=pad_token_id)
         self.position = nn.Embedding(max_positions, dim, padding_idx=pad_token_id)
         self.token_type = nn.Embedding(1, dim)
-        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm = LayerNorm(dim, eps=norm_eps)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """int64 ``(P, T)`` to ``(P, T, D)``."""

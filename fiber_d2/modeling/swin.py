@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import nn
 
+from fiber_d2.layers import LayerNorm
+
 NORM_EPS = 1e-5
 
 
@@ -67,7 +69,7 @@ class TextToWindowAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if query_norm else nn.Identity()
+        self.norm = LayerNorm(dim, eps=NORM_EPS) if query_norm else nn.Identity()
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(text_dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -163,12 +165,12 @@ class SwinBlock(nn.Module):
         super().__init__()
         self.window = window
         self.shift = shift
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = LayerNorm(dim, eps=NORM_EPS)
         self.attn = WindowAttention(
             dim=dim, window=window, num_heads=num_heads, text_attention=text_attention
         )
         self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
@@ -201,7 +203,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, eps=NORM_EPS)
+        self.norm = LayerNorm(4 * dim, eps=NORM_EPS)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -217,7 +219,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, *, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = LayerNorm(dim, eps=NORM_EPS)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """``(B, 3, H, W)`` to ``(B, H/patch, W/patch, C)``."""
@@ -322,7 +324,7 @@ class SwinTransformer(nn.Module):
             stages.append(SwinStage(blocks, None if last else PatchMerging(dim)))
         self.stages = nn.ModuleList(stages)
         # Outputs of every stage but the first are normalised for the pyramid.
-        self.out_norms = nn.ModuleList(nn.LayerNorm(dim, eps=NORM_EPS) for dim in self.dims[1:])
+        self.out_norms = nn.ModuleList(LayerNorm(dim, eps=NORM_EPS) for dim in self.dims[1:])
         for module in self.modules():
             if isinstance(module, WindowAttention):
                 trunc_normal_(module.relative_position_bias_table, std=position_bias_std, a=-9, b=9)
