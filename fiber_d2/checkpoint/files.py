@@ -10,18 +10,40 @@ import inspect
 import os
 import pathlib
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from fvcore.common.config import CfgNode as FvcoreCfgNode
-from yacs.config import CfgNode
 
 # What torch.load raises for damaged or foreign files, depending on where they break.
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError)
 
 LAST_CHECKPOINT = "last_checkpoint"
+
+# In torch's long message, the words about an object that it would not make.
+_REFUSAL = re.compile(r"unsupported (global:?|class) .*?(?= was not| whose|\. |\n|$)", re.I)
+
+
+def _empty_dict(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+def _list_of(values: Iterable[Any] = (), *_: Any) -> list[Any]:
+    return list(values)
+
+
+# Classes that torch.load makes but does not fill, and what stands in for them. The classes
+# themselves need not be installed.
+_STAND_INS = (
+    *(
+        (collections.OrderedDict, f"{module}.CfgNode")
+        for module in ("yacs.config", "fvcore.common.config", "detectron2.config.config")
+    ),
+    (_empty_dict, "collections.defaultdict"),
+    (_list_of, "collections.deque"),
+)
 
 
 def _allow_list() -> list[Any]:
@@ -34,36 +56,29 @@ def _allow_list() -> list[Any]:
         from numpy._core import multiarray
     except ImportError:  # numpy 1
         from numpy.core import multiarray
-    named: list[Any] = []
-    for function in ("scalar", "_reconstruct"):
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            named.append((getattr(multiarray, function), f"{module}.{function}"))
+    numpy_builders = (multiarray.scalar, multiarray._reconstruct)
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdSUO"}
     plain: list[Any] = [
         argparse.Namespace,
-        CfgNode,
-        FvcoreCfgNode,
         np.ndarray,
         np.dtype,
         *sorted(dtypes, key=lambda kind: kind.__name__),
-        collections.defaultdict,
-        collections.deque,
         pathlib.PosixPath,
         pathlib.PurePosixPath,
         codecs.encode,  # how bytes are written
-        # The values that defaultdict may start from.
-        *(list, dict, set, frozenset, tuple, int, float, str, bool),
+        *(bytes, bytearray, list, dict, set, frozenset, tuple, int, float, complex, str, bool),
     ]
-    with contextlib.suppress(ImportError):
-        from detectron2.config import CfgNode as DetectronCfgNode
-
-        plain.append(DetectronCfgNode)
-    allowed = plain + named
     add = getattr(torch.serialization, "add_safe_globals", None)
     if add is not None and "tuple" not in str(inspect.signature(add)).lower():
-        # Older torch takes functions without the name that a file calls them by.
-        allowed = plain + [multiarray.scalar, multiarray._reconstruct]
-    return allowed
+        # Older torch takes no name beside the object, so stand-ins are impossible.
+        return [*plain, *numpy_builders]
+    # numpy 1 and numpy 2 call them by different names.
+    named = [
+        (builder, f"{module}.{builder.__name__}")
+        for builder in numpy_builders
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+    ]
+    return [*plain, *named, *_STAND_INS]
 
 
 def _allowing() -> contextlib.AbstractContextManager[None]:
@@ -127,17 +142,18 @@ def read_file(path: str | os.PathLike[str]) -> Any:
 
 
 def _explain(path: str, error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    refused = next((line.strip() for line in lines if "Unsupported global" in line), None)
-    if refused is None:
+    text = str(error).strip() or type(error).__name__
+    refusal = _REFUSAL.search(text)
+    if refusal is None:
+        reason = text.splitlines()[0].split(". ")[0]
         return (
             f"The checkpoint {path} cannot be read: it is damaged, or no PyTorch file of tensors "
-            f"and plain values ({lines[0]})."
+            f"and plain values ({reason})."
         )
     return (
-        f"The checkpoint {path} holds more than tensors and plain values, and reading it could run "
-        f"code, so it is refused ({refused.split('. ')[0]}). If you trust its source, load it in a "
-        "Python of your own and save only its weights: "
+        f"The checkpoint {path} cannot be read: it holds more than tensors and plain values "
+        f"({refusal[0].strip()}), which is refused because it could run code. If you trust its "
+        "source, load it in a Python of your own and save only its weights: "
         'torch.save({"model": checkpoint["model"]}, "weights.pth").'
     )
 
