@@ -116,3 +116,40 @@ def test_files_without_weights(tmp_path, content):
     torch.save(content, path)
     with pytest.raises(ValueError, match="holds no model weights|is no state dict"):
         FiberCheckpointer(nn.Linear(1, 1)).load(path)
+
+
+@pytest.fixture
+def small_fiber():
+    from detectron2.config import LazyConfig, instantiate
+
+    path = os.path.join(os.path.dirname(__file__), "../../configs/common/models/fiber_tiny.py")
+    node = LazyConfig.load(path).model
+    return lambda query_norm=False: (
+        node.backbone.vision.update(query_norm=query_norm) or instantiate(node)
+    )
+
+
+def test_the_originals_files_are_converted_on_loading(tmp_path, small_fiber):
+    from fiber_d2.checkpoint import export_fiber_state_dict
+
+    source, model = small_fiber(), small_fiber()
+    weights = export_fiber_state_dict(source.state_dict())
+    data = {
+        "model": {f"module.{k}": v for k, v in weights.items()},
+        "optimizer": {},
+        "iteration": 7,
+    }
+    torch.save(data, tmp_path / "original.pth")
+    (tmp_path / "last_checkpoint").write_text("original.pth")
+    for name in ("original.pth", "last_checkpoint"):
+        with torch.no_grad():
+            model.head.bbox_pred.weight.zero_()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        checkpointer = FiberCheckpointer(model, str(tmp_path), optimizer=optimizer)
+        rest = checkpointer.load(str(tmp_path / name))
+        assert "iteration" not in rest
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.parameters(), source.parameters(), strict=True)
+        )
+    with pytest.raises(ValueError, match="fusion v2 .*query_norm=False"):
+        FiberCheckpointer(small_fiber(True), "").load(str(tmp_path / "original.pth"))
