@@ -210,7 +210,8 @@ class PatchMerging(nn.Module):
         """``(B, H, W, C)`` with even H and W to ``(B, H/2, W/2, 2C)``."""
         # Neighbours in the order (row, column) = (0, 0), (1, 0), (0, 1), (1, 1).
         x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
-        return self.reduction(self.norm(x))
+        # The residual stream of the next stage: float32 under autocast, too.
+        return self.reduction(self.norm(x)).to(self.norm.weight.dtype)
 
 
 class PatchEmbed(nn.Module):

@@ -60,3 +60,9 @@ def build_small_model(query_norm=False, seed=0):
 @pytest.fixture
 def small_model():
     return build_small_model().eval()
+
+
+@pytest.fixture
+def build():
+    """``build(query_norm=False, seed=0)``: another small model."""
+    return build_small_model
