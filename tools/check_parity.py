@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("--threads must be at least 1")
         torch.set_num_threads(args.threads)
     report, failed = [], 0
+    path = None
     try:
         for path in args.fixtures:
             start = time.perf_counter()
@@ -107,6 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.json.write_text(json.dumps({"ok": not failed, "files": report}, indent=1) + "\n")
     except (FixtureError, OSError) as error:
         print(f"check_parity: error: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, KeyError, IndexError) as error:
+        # Arrays that are there but do not fit together.
+        print(f"check_parity: error: {path}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 1 if failed else 0
 
