@@ -1,4 +1,7 @@
-"""Adaptive training sample selection (ATSS, arXiv:1912.02424)."""
+"""Adaptive training sample selection (ATSS, arXiv:1912.02424).
+
+The model specification, section 6.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Anchors, box coding and overlaps: the original's inclusive-corner ("+1") arithmetic in one place.
 
+The model specification, section 6.
+
 Boxes are float32 XYXY in pixels of the padded batch. A box covers ``x2 - x1 + 1`` pixels.
 """
 

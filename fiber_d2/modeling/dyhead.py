@@ -1,4 +1,7 @@
-"""Dynamic head (arXiv:2106.08322): scale-, space- and task-aware attention over the pyramid."""
+"""Dynamic head (arXiv:2106.08322): scale-, space- and task-aware attention over the pyramid.
+
+The model specification, section 4.
+"""
 
 from __future__ import annotations
 

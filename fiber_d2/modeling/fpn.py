@@ -1,4 +1,7 @@
-"""Feature pyramid p3..p7 (arXiv:1612.03144, extra levels as in arXiv:1708.02002)."""
+"""Feature pyramid p3..p7 (arXiv:1612.03144, extra levels as in arXiv:1708.02002).
+
+The model specification, section 3.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """The fusion backbone: which Swin block meets which RoBERTa layer, and what can be computed once.
 
+The order of computation is that of the model specification, section 2.
+
 Letters: B images, P image-caption pairs, T tokens, D text width. ``image_index`` (P,) tells which
 image each pair looks at, so several captions can share the image's part and the reverse.
 """

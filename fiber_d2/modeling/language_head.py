@@ -1,4 +1,7 @@
-"""ATSS head whose class scores are alignments between anchors and words."""
+"""ATSS head whose class scores are alignments between anchors and words.
+
+The model specification, section 5.
+"""
 
 from __future__ import annotations
 

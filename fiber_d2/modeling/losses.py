@@ -1,4 +1,7 @@
-"""Token, box and centerness losses of a batch, without a loop over images and without sync."""
+"""Token, box and centerness losses of a batch, without a loop over images and without sync.
+
+The model specification, section 6.
+"""
 
 from __future__ import annotations
 

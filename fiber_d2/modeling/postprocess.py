@@ -1,4 +1,7 @@
-"""From head outputs to boxes with scores: aggregation, candidates, suppression, limits."""
+"""From head outputs to boxes with scores: aggregation, candidates, suppression, limits.
+
+The model specification, section 7.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Text tower: RoBERTa (arXiv:1907.11692) with room for the image in its upper layers.
 
+The model specification, section 2.
+
 Letters: P captions, T tokens, D text width, S image tokens, C image width.
 """
 

@@ -1,5 +1,7 @@
 """Vision tower: Swin transformer (arXiv:2103.14030) with room for text in its window attention.
 
+The model specification, section 2.
+
 Letters: B images, P image-caption pairs, H x W tokens of a stage, C its width, N tokens of a
 window, T text tokens. Token maps are channel-last, ``(B, H, W, C)``.
 """
