@@ -54,7 +54,10 @@ def check_file(path: Path, reference_fill: Path | None) -> tuple[list[Row], list
     fixture = Fixture.read(path)
     fill = load_fill(find_fill(path, reference_fill))
     model = build_model(fixture)
-    found, remarks = run_cases(fixture, model, fill)
+    # The convolutions of oneDNN round up to twice as much as plain ones on some CPUs, and the
+    # weights amplify that: what is judged here is the function, not the library.
+    with torch.backends.mkldnn.flags(enabled=False):
+        found, remarks = run_cases(fixture, model, fill)
     return compare(fixture, found), remarks, fixture.variant
 
 
