@@ -1,6 +1,7 @@
 """How far mixed precision is from float32, on an ordinarily initialised FIBER-B.
 
-    python tools/measure_precision.py [--size 256 320] [--threads N] [--config-file C]
+    python tools/measure_precision.py [--size H W] [--types bfloat16 float16] [--threads N]
+                                      [--config-file C]
 
 Prints one Markdown table: for every group of numbers the root mean square and the largest
 difference, over the root mean square and the largest value in float32.
@@ -77,6 +78,7 @@ def run(model: FIBER, size: Sequence[int], dtype: torch.dtype | None) -> dict[st
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", type=int, nargs=2, default=(256, 320), help="height and width")
+    parser.add_argument("--types", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--config-file", type=Path, default=CONFIG)
     args = parser.parse_args(argv)
@@ -85,9 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = build(args.config_file)
     exact = run(model, args.size, None)
     print("| numbers | type | rms | largest | largest, absolute |\n|---|---|---|---|---|")
-    for kind, dtype in PRECISIONS.items():
+    for kind in args.types:
         start = time.perf_counter()
-        for name, value in run(model, args.size, dtype).items():
+        for name, value in run(model, args.size, PRECISIONS[kind]).items():
             difference = (value - exact[name]).abs()
             rms = difference.square().mean().sqrt() / exact[name].square().mean().sqrt()
             largest = difference.max()
