@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from .files import read_file, resolve_checkpoint_path, shorten, state_dict_of
+from .files import list_problems, read_file, resolve_checkpoint_path, shorten, state_dict_of
 from .names import (
     CELL_ANCHORS,
     FIBER_TABLE,
@@ -222,7 +222,6 @@ def check_fit(converted: StateDict, model_state: StateDict, source: str) -> None
     Raises:
         ValueError: lists missing, unexpected and differently shaped entries.
     """
-    problems = []
     missing = [f"{n} {tuple(t.shape)}" for n, t in model_state.items() if n not in converted]
     unexpected = [f"{n} {tuple(t.shape)}" for n, t in converted.items() if n not in model_state]
     shapes = [
@@ -230,15 +229,10 @@ def check_fit(converted: StateDict, model_state: StateDict, source: str) -> None
         for name, tensor in converted.items()
         if name in model_state and tensor.shape != model_state[name].shape
     ]
-    for what, names in (
-        ("missing", missing),
-        ("unexpected", unexpected),
-        ("of another shape", shapes),
-    ):
-        if names:
-            problems.append(f"{len(names)} {what}: {shorten(names, 20)}")
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    problems = list_problems(found, 20)
     if problems:
-        raise ValueError(f"{source} does not fit the model. Entries {'; '.join(problems)}.")
+        raise ValueError(f"{source} does not fit the model. Entries {problems}.")
 
 
 def read_fiber_checkpoint(

@@ -180,6 +180,13 @@ def state_dict_of(
     return dict(weights)
 
 
+def list_problems(problems: Mapping[str, list[str]], limit: int = 5) -> str:
+    """What is wrong with which names, as ``2 missing: a, b; 1 unexpected: c``; empty if nothing."""
+    return "; ".join(
+        f"{len(names)} {what}: {shorten(names, limit)}" for what, names in problems.items() if names
+    )
+
+
 def shorten(names: list[str], limit: int = 5) -> str:
     """The first names and how many more there are."""
     shown = ", ".join(names[:limit])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .convert import StateDict, check_variant, convert_fiber_state_dict, is_fiber_state_dict
-from .files import read_file, shorten, state_dict_of
+from .files import list_problems, read_file, shorten, state_dict_of
 from .names import (
     OUR_ROBERTA,
     OUR_SWIN,
@@ -243,17 +243,11 @@ def _load(
             shapes.append(f"{name} {tuple(tensor.shape)} instead of {tuple(target)}")
         fitted[name] = tensor
     missing = [f"{name} {tuple(state[name].shape)}" for name in needed if name not in fitted]
-    problems = [
-        f"{len(names)} {what}: {shorten(names, 20)}"
-        for what, names in (
-            ("missing", missing),
-            ("unknown", unknown),
-            ("of another shape", shapes),
-        )
-        if names
-    ]
+    problems = list_problems(
+        {"missing": missing, "unknown": unknown, "of another shape": shapes}, 20
+    )
     if problems:
-        raise ValueError(f"{label} does not fit the model. Entries {'; '.join(problems)}.")
+        raise ValueError(f"{label} does not fit the model. Entries {problems}.")
     model.load_state_dict(fitted, strict=False)
     result = Initialized(
         loaded=list(fitted),

@@ -14,11 +14,11 @@ from fiber_d2.checkpoint import convert_fiber_state_dict, is_fiber_state_dict
 from fiber_d2.checkpoint.convert import check_variant
 from fiber_d2.checkpoint.files import (
     LAST_CHECKPOINT,
+    list_problems,
     read_file,
     resolve_checkpoint_path,
     state_dict_of,
 )
-from fiber_d2.checkpoint.files import shorten as _shorten
 
 
 def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
@@ -118,19 +118,17 @@ class FiberCheckpointer(DetectionCheckpointer):
         ]
         misfits = {name for name, *_ in result.incorrect_shapes}
         missing = [name for name in result.missing_keys if name not in misfits]
-        problems = [
-            f"{len(names)} {what}: {_shorten(names)}"
-            for what, names in (
-                ("missing", missing),
-                ("unexpected", list(result.unexpected_keys)),
-                ("of another shape", wrong_shape),
-            )
-            if names
-        ]
+        problems = list_problems(
+            {
+                "missing": missing,
+                "unexpected": list(result.unexpected_keys),
+                "of another shape": wrong_shape,
+            }
+        )
         if problems:
             raise ValueError(
                 f"The checkpoint {self._loading} belongs to another model. Parameters "
-                f"{'; '.join(problems)}. Use the configuration it was trained with."
+                f"{problems}. Use the configuration it was trained with."
             )
         return result
 

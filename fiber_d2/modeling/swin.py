@@ -97,7 +97,13 @@ class WindowAttention(nn.Module):
     relative_position_index: torch.Tensor
 
     def __init__(
-        self, *, dim: int, window: int, num_heads: int, text_attention: nn.Module | None
+        self,
+        *,
+        dim: int,
+        window: int,
+        num_heads: int,
+        text_attention: nn.Module | None,
+        position_bias_std: float,
     ) -> None:
         super().__init__()
         self.window = window
@@ -115,6 +121,9 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.text_attention = text_attention
+        # timm counts its bounds in absolute values, not in deviations.
+        bound = 9 * position_bias_std
+        trunc_normal_(self.relative_position_bias_table, std=position_bias_std, a=-bound, b=bound)
 
     def forward(
         self,
@@ -151,6 +160,7 @@ class SwinBlock(nn.Module):
         drop_path: probability that the whole attention branch (text included) or the MLP branch
             is dropped for a sample in training.
         text_attention: module for fused blocks, None for image-only ones.
+        position_bias_std: of the initial relative position biases.
     """
 
     def __init__(
@@ -163,13 +173,18 @@ class SwinBlock(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         text_attention: nn.Module | None = None,
+        position_bias_std: float = 0.02,
     ) -> None:
         super().__init__()
         self.window = window
         self.shift = shift
         self.norm1 = LayerNorm(dim, eps=NORM_EPS)
         self.attn = WindowAttention(
-            dim=dim, window=window, num_heads=num_heads, text_attention=text_attention
+            dim=dim,
+            window=window,
+            num_heads=num_heads,
+            text_attention=text_attention,
+            position_bias_std=position_bias_std,
         )
         self.drop_path = DropPath(drop_path)
         self.norm2 = LayerNorm(dim, eps=NORM_EPS)
@@ -321,6 +336,7 @@ class SwinTransformer(nn.Module):
                         )
                         if fused
                         else None,
+                        position_bias_std=position_bias_std,
                     )
                 )
             last = stage == len(depths) - 1
@@ -329,8 +345,6 @@ class SwinTransformer(nn.Module):
         # Outputs of every stage but the first are normalised for the pyramid.
         self.out_norms = nn.ModuleList(LayerNorm(dim, eps=NORM_EPS) for dim in self.dims[1:])
         for module in self.modules():
-            if isinstance(module, WindowAttention):
-                trunc_normal_(module.relative_position_bias_table, std=position_bias_std, a=-9, b=9)
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=init_std)
                 if module.bias is not None:

@@ -90,7 +90,7 @@ class Fixture:
         except ValueError as error:
             raise FixtureError(
                 str(error) if str(path) in str(error) else f"{path}: {error}."
-            ) from (error)
+            ) from error
 
     def get(self, name: str) -> np.ndarray:
         if name not in self.arrays:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from torch import nn
 
 from fiber_d2.checkpoint import convert_fiber_state_dict, export_fiber_state_dict
 from fiber_d2.modeling import FIBER
@@ -41,24 +40,7 @@ def build_model(fixture: Fixture) -> FIBER:
     node.backbone.vision.drop_path = 0.0
     node.backbone.text.dropout = 0.0
     node.backbone.neck.drop_block = 0.0
-    # Every number is filled in: the initial values would be computed for nothing.
-    with skip_initialisation():
-        return instantiate(node)
-
-
-class skip_initialisation:  # noqa: N801 - used like a function
-    """Within it, the common initialisers of torch leave tensors as they are."""
-
-    NAMES = ("normal_", "uniform_", "kaiming_uniform_", "trunc_normal_")
-
-    def __enter__(self) -> None:
-        self.saved = {name: getattr(nn.init, name) for name in self.NAMES}
-        for name in self.NAMES:
-            setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
-
-    def __exit__(self, *error: object) -> None:
-        for name, function in self.saved.items():
-            setattr(nn.init, name, function)
+    return instantiate(node)
 
 
 def fill_model(model: FIBER, fill: Fill) -> dict[str, torch.Tensor]:
@@ -67,11 +49,9 @@ def fill_model(model: FIBER, fill: Fill) -> dict[str, torch.Tensor]:
     Returns:
         entries of the original that the model has no place for (the unused class convolution).
     """
-    strides, sizes = model.head.anchors.strides, model.head.anchors.sizes
     filled, unused = {}, {}
-    for name, tensor in export_fiber_state_dict(
-        model.state_dict(), anchor_strides=strides, anchor_sizes=sizes
-    ).items():
+    exported = export_fiber_state_dict(model.state_dict(), **anchor_arguments(model))
+    for name, tensor in exported.items():
         values = fill.weights(name, tuple(tensor.shape))
         if values is None:
             filled[name] = tensor

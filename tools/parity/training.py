@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fiber_d2.checkpoint.convert import rename_to_fiber
+from fiber_d2.layers import token_sigmoid_focal_loss
 from fiber_d2.modeling import FIBER
 from fiber_d2.modeling.boxes import box_centers, centerness_targets, encode_boxes
 from fiber_d2.modeling.fiber import pad_stack
@@ -96,11 +97,9 @@ def train_arrays(
             ]
         )
         for suffix, (name, steps) in SLICES.items():
-            gradient = gradients[name] if name in gradients else torch.zeros(0)
             slices = tuple(slice(None, None, step) for step in steps)
-            found[f"{case}/{kind}_{suffix}"] = (
-                gradient[slices].numpy() if name in gradients else (gradient.numpy())
-            )
+            if name in gradients:
+                found[f"{case}/{kind}_{suffix}"] = gradients[name][slices].numpy()
     return found, remarks
 
 
@@ -183,12 +182,7 @@ def class_loss(
             [F.conv2d(x, weight, bias).flatten(2).transpose(1, 2) for x in features], dim=1
         )  # (B, A, channels)
         target = F.one_hot(assigned.clamp(min=0), logits.shape[-1]) * (assigned >= 0)[..., None]
-        probability = logits.sigmoid()
-        p_target = torch.where(target > 0, probability, 1 - probability)
-        alpha = torch.where(target > 0, 0.25, 0.75)
-        cross_entropy = F.binary_cross_entropy_with_logits(
-            logits, target.to(logits.dtype), reduction="none"
-        )
-        total = (alpha * (1 - p_target) ** 2 * cross_entropy).double().sum()
+        every_channel = torch.ones_like(logits[:, 0], dtype=torch.bool)
+        total = token_sigmoid_focal_loss(logits, target > 0, every_channel)
         positives = max(1, int((assigned >= 0).sum()))
     return np.array([total.item() / positives])
