@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import difflib
 import logging
-import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, DatasetFromList, MapDataset, MetadataCatalog
 from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
@@ -31,6 +28,7 @@ from .mapper import (
     Prompter,
 )
 from .samplers import TrainingBatchSampler, TrainingStream
+from .training_set import TrainingSet
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +57,7 @@ def build_train_loader(
     swap_left_right: bool = True,
     on_empty: str = "error",
     aspect_ratio_grouping: bool = False,
+    max_failed_share: float = 0.01,
     image_format: str = "BGR",
 ) -> DataLoader:
     """An endless loader of training batches over one data set or a mixture.
@@ -84,6 +83,8 @@ def build_train_loader(
         on_empty: ``"error"`` where the spans of a phrase meet no token, or ``"keep"`` such a box
             without words.
         aspect_ratio_grouping: make batches of wide or of tall images only.
+        max_failed_share: of the images, how many may be unreadable before training stops; see
+            :class:`~fiber_d2.data.training_set.TrainingSet`.
         image_format: channel order.
 
     Returns:
@@ -132,7 +133,7 @@ def build_train_loader(
         groups=groups if aspect_ratio_grouping else None,
     )
     return DataLoader(
-        _SeededDataset(ConcatDataset(mapped), seed),
+        TrainingSet(ConcatDataset(mapped), seed=seed, max_failed_share=max_failed_share),
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
@@ -319,31 +320,3 @@ def check_dataset(records: Sequence[dict[str, Any]], mapper: FiberDatasetMapper,
 def _spread(records: Sequence[dict[str, Any]], limit: int) -> Iterator[dict[str, Any]]:
     count = min(limit, len(records))
     yield from (records[i * len(records) // count] for i in range(count))
-
-
-class _SeededDataset(Dataset):
-    """Maps ``(position, index)``; random numbers depend on the position alone."""
-
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
-
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        position, index = item
-        with _seeded(int(np.random.SeedSequence([self.seed, position]).generate_state(1)[0])):
-            return self.dataset[index]
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the random number generators for a while; those of the training itself go on after."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the GPU's as well
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

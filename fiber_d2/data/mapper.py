@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 from typing import Any, Protocol, Union
 
 import numpy as np
@@ -13,13 +14,13 @@ import torch
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
-from PIL import UnidentifiedImageError
 from transformers import PreTrainedTokenizerFast
 
 from fiber_d2.structures import Prompt
 from fiber_d2.text import build_detection_prompts, build_grounding_prompt
 from fiber_d2.text.prompts import Templates
 
+from .images import read_image
 from .transforms import count_horizontal_flips, mirror_caption
 
 Prompts = Union[Prompt, list[Prompt]]
@@ -30,7 +31,10 @@ class Prompter(Protocol):
     """Words the question about an image."""
 
     def for_training(self, record: dict[str, Any]) -> tuple[Prompt, list[int]]:
-        """The prompt, and for each annotation of the record the row of its target."""
+        """The prompt, and for each annotation of the record the row of its target.
+
+        The row is -1 where the caption does not name the target; its box is then left out.
+        """
 
     def for_evaluation(self, record: dict[str, Any]) -> Prompts:
         """The prompt, or the list of them where one cannot hold all targets."""
@@ -263,13 +267,15 @@ class FiberDatasetMapper:
             a for a in record.get("annotations", ()) if not a.get("iscrowd", 0)
         ]
         prompt, rows = _named(record, self.prompter.for_training)
+        named = [row >= 0 for row in rows]
+        rows = list(compress(rows, named))
         boxes = [
             utils.transform_instance_annotations(
                 {"bbox": annotation["bbox"], "bbox_mode": annotation["bbox_mode"]},
                 transforms,
                 image_size,
             )["bbox"]
-            for annotation in record["annotations"]
+            for annotation in compress(record["annotations"], named)
         ]
         index = torch.tensor(rows, dtype=torch.int64)
         instances = Instances(image_size)
@@ -286,25 +292,3 @@ def _named(record: dict[str, Any], make: Callable[[dict[str, Any]], Any]) -> Any
         return make(record)
     except ValueError as error:
         raise ValueError(f"Image {record['image_id']!r}: {error}") from error
-
-
-def read_image(record: dict[str, Any], image_format: str) -> np.ndarray:
-    """The image of a record, ``(H, W, 3)`` uint8.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no image, or is damaged.
-    """
-    path = record["file_name"]
-    try:
-        return utils.read_image(path, format=image_format)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"The image {path} (id {record.get('image_id')!r}) does not exist: check the image "
-            "folder of the data set."
-        ) from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(
-            f"The image {path} (id {record.get('image_id')!r}) cannot be read, it is damaged or no "
-            f"image: {error}"
-        ) from error
