@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.data import DatasetCatalog, DatasetFromList, MapDataset, MetadataCatalog
+from detectron2.data import MapDataset, MetadataCatalog
 from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
 from detectron2.data.samplers import InferenceSampler
-from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
@@ -27,17 +24,11 @@ from .mapper import (
     GroundingPrompter,
     Prompter,
 )
+from .records import check_dataset, filter_records, lean_dataset, load_records
 from .samplers import TrainingBatchSampler, TrainingStream
 from .training_set import TrainingSet
 
 logger = logging.getLogger(__name__)
-
-# A box must be larger than this many pixels in both directions to be learned from.
-MIN_BOX_SIDE = 1
-# Records whose prompts are tried out before anything is computed; spread over the data set.
-MAX_CHECKED = 10_000
-# Image files that are looked for before anything is computed.
-MAX_CHECKED_FILES = 16
 
 
 def build_train_loader(
@@ -125,7 +116,7 @@ def build_train_loader(
         check_dataset(records, mapper, name)
         logger.info("Training data set %s: %d images", name, len(records))
         groups.extend(int(record["width"] > record["height"]) for record in records)
-        mapped.append(MapDataset(DatasetFromList(records, copy=False), mapper))
+        mapped.append(MapDataset(lean_dataset(records), mapper))
     sampler = TrainingBatchSampler(
         TrainingStream([len(part) for part in mapped], weights=weights, seed=seed),
         total_batch_size=total_batch_size,
@@ -192,60 +183,12 @@ def build_test_loader(
     )
     check_dataset(records, mapper, dataset)
     return DataLoader(
-        MapDataset(DatasetFromList(records, copy=False), mapper),
+        MapDataset(lean_dataset(records), mapper),
         batch_size=batch_size,
         sampler=InferenceSampler(len(records)),
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
     )
-
-
-def load_records(name: str) -> list[dict[str, Any]]:
-    """The records of a registered data set.
-
-    Raises:
-        KeyError: the name is not registered.
-        ValueError: the data set is empty.
-    """
-    known = DatasetCatalog.list()
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise KeyError(
-            f"The data set {name!r} is not registered.{hint} One's own data are registered by "
-            "fiber_d2.data.register_coco_json(name, json_file, image_root)."
-        )
-    records = DatasetCatalog.get(name)
-    if len(records) == 0:
-        raise ValueError(f"The data set {name!r} holds no image.")
-    return records
-
-
-def filter_records(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The records with a box to learn from.
-
-    Raises:
-        ValueError: there is none; says why.
-    """
-
-    def usable(annotation: dict[str, Any]) -> bool:
-        x, y, right, bottom = annotation["bbox"]
-        if annotation["bbox_mode"] == BoxMode.XYXY_ABS:
-            right, bottom = right - x, bottom - y
-        return not annotation.get("iscrowd", 0) and min(right, bottom) > MIN_BOX_SIDE
-
-    kept = [r for r in records if any(usable(a) for a in r.get("annotations", ()))]
-    if not kept:
-        bare = sum(not record.get("annotations") for record in records)
-        raise ValueError(
-            f"The data set {name!r} has nothing to learn from: of its {len(records)} images {bare} "
-            f"have no annotation, the others only crowds or boxes of at most {MIN_BOX_SIDE} pixel. "
-            "Check that it is the right annotation file (set filter_empty=False to train without "
-            "any box)."
-        )
-    if len(kept) < len(records):
-        logger.info("%s: left out %d images without a usable box", name, len(records) - len(kept))
-    return kept
 
 
 def build_prompter(
@@ -295,28 +238,3 @@ def build_prompter(
         )
     except ValueError as error:
         raise ValueError(f"Data set {name!r}: {error}") from error
-
-
-def check_dataset(records: Sequence[dict[str, Any]], mapper: FiberDatasetMapper, name: str) -> None:
-    """Make the prompts of up to 10,000 records and look for some images, before hours of compute.
-
-    Raises:
-        FileNotFoundError: an image is missing.
-        ValueError: a prompt cannot be made; names data set, image and reason.
-    """
-    for record in _spread(records, MAX_CHECKED_FILES):
-        if not PathManager.isfile(record["file_name"]):
-            raise FileNotFoundError(
-                f"The data set {name!r} lacks the image {record['file_name']}: check its image "
-                "folder; datasets/README.md shows where images belong."
-            )
-    for record in _spread(records, MAX_CHECKED):
-        try:
-            mapper.check(record)
-        except ValueError as error:
-            raise ValueError(f"Data set {name!r}: {error}") from error
-
-
-def _spread(records: Sequence[dict[str, Any]], limit: int) -> Iterator[dict[str, Any]]:
-    count = min(limit, len(records))
-    yield from (records[i * len(records) // count] for i in range(count))

@@ -21,8 +21,8 @@ from fiber_d2.data import (
     build_train_loader,
     register_coco_json,
 )
-from fiber_d2.data.build import MAX_CHECKED, filter_records
 from fiber_d2.data.mapper import FiberDatasetMapper
+from fiber_d2.data.records import MAX_CHECKED, filter_records
 from fiber_d2.structures import Prompt
 
 FLIP = [T.RandomFlip(prob=0.5), T.RandomBrightness(0.5, 1.5)]
