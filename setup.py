@@ -63,7 +63,7 @@ setup(
     license="MIT",
     python_requires=">=3.9",
     packages=find_packages(include=["fiber_d2", "fiber_d2.*"]),
-    package_data={"fiber_d2.text": ["assets/*.json"]},
+    package_data={"fiber_d2.data": ["assets/*.json"], "fiber_d2.text": ["assets/*.json"]},
     cmdclass={"build_py": BuildWithConfigs},
     # The compiled operators (sources in csrc/) belong here, as ext_modules that are optional and
     # only set up when torch can be imported. There are none yet.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.data import MapDataset, MetadataCatalog
 from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
@@ -17,14 +18,19 @@ from fiber_d2.text import load_tokenizer
 from fiber_d2.text.prompts import Templates
 
 from .builtin import DETECTION, GROUNDING, REFEXP
-from .mapper import (
-    Augmentations,
-    DetectionPrompter,
-    FiberDatasetMapper,
-    GroundingPrompter,
-    Prompter,
+from .captions import DetectionPrompter, SampledDetectionPrompter
+from .fewshot import few_shot_subset
+from .mapper import Augmentations, FiberDatasetMapper, GroundingPrompter, Prompter
+from .records import (
+    Record,
+    check_dataset,
+    filter_records,
+    lean_dataset,
+    load_records,
+    select_records,
+    wider_than_high,
 )
-from .records import check_dataset, filter_records, lean_dataset, load_records
+from .resampling import image_classes, repeat_factors
 from .samplers import TrainingBatchSampler, TrainingStream
 from .training_set import TrainingSet
 
@@ -39,14 +45,21 @@ def build_train_loader(
     total_batch_size: int,
     num_workers: int = 2,
     weights: Sequence[float] | None = None,
+    repeats: Sequence[int] | None = None,
+    repeat_threshold: float | None = None,
+    few_shot: int = 0,
+    few_shot_seed: int | None = None,
     seed: int = 0,
     start_index: int = 0,
     max_tokens: int = 256,
     separator: str = ". ",
     shuffle_classes: bool = False,
+    sampled_classes: Mapping[str, Any] | None = None,
+    dataset_prompts: bool = True,
     filter_empty: bool = True,
     swap_left_right: bool = True,
     on_empty: str = "error",
+    on_overflow: str = "error",
     aspect_ratio_grouping: bool = False,
     max_failed_share: float = 0.01,
     image_format: str = "BGR",
@@ -64,15 +77,27 @@ def build_train_loader(
         total_batch_size: images per step over all processes.
         num_workers: loading processes of each training process.
         weights: share of draws of each data set; None draws all images equally often.
+        repeats: how many times each data set is shown in a pass; by default once.
+        repeat_threshold: of LVIS's repeat factors, which show images of rare classes more often
+            (see :func:`~fiber_d2.data.resampling.repeat_factors`); for detection data.
+        few_shot: where positive, train on so many images per class only, see
+            :func:`~fiber_d2.data.fewshot.few_shot_subset`.
+        few_shot_seed: of that choice; None takes them in the order of image ids.
         seed: of order and augmentations, not negative.
         start_index: number of steps already done.
         max_tokens: limit of a caption's tokens, special tokens included.
         separator: stands between the classes of a detection caption.
         shuffle_classes: draw a new order of the classes for each detection image.
+        sampled_classes: where given, a detection caption asks for the classes of the image and
+            for a draw of others. Keyword arguments of
+            :class:`~fiber_d2.data.captions.SampledDetectionPrompter`, ``{}`` for its defaults.
+        dataset_prompts: ask in the words that a data set brings along (``prompts`` in its
+            metadata), where it does.
         filter_empty: leave out images without a box larger than a pixel that is no crowd.
         swap_left_right: exchange the words left and right in captions of mirrored images.
         on_empty: ``"error"`` where the spans of a phrase meet no token, or ``"keep"`` such a box
             without words.
+        on_overflow: ``"error"`` where a sentence is too long, or ``"truncate"``.
         aspect_ratio_grouping: make batches of wide or of tall images only.
         max_failed_share: of the images, how many may be unreadable before training stops; see
             :class:`~fiber_d2.data.training_set.TrainingSet`.
@@ -92,11 +117,16 @@ def build_train_loader(
         raise ValueError("There is no training data set: name at least one in `datasets`.")
     loaded_tokenizer = load_tokenizer(tokenizer)
     mapped: list[Dataset] = []
-    groups: list[int] = []
+    groups: list[np.ndarray] = []
+    factors: list[np.ndarray | None] = []
     for name in datasets:
         records = load_records(name)
         if filter_empty:
             records = filter_records(records, name)
+        if few_shot:
+            records = select_records(
+                records, few_shot_subset(records, few_shot, seed=few_shot_seed)
+            )
         prompter = build_prompter(
             name,
             records,
@@ -104,7 +134,10 @@ def build_train_loader(
             max_tokens=max_tokens,
             separator=separator,
             shuffle=shuffle_classes,
+            sampled=sampled_classes,
+            dataset_prompts=dataset_prompts,
             on_empty=on_empty,
+            on_overflow=on_overflow,
         )
         mapper = FiberDatasetMapper(
             is_train=True,
@@ -115,13 +148,25 @@ def build_train_loader(
         )
         check_dataset(records, mapper, name)
         logger.info("Training data set %s: %d images", name, len(records))
-        groups.extend(int(record["width"] > record["height"]) for record in records)
+        if aspect_ratio_grouping:
+            groups.append(wider_than_high(records))
+        resampled = repeat_threshold is not None and isinstance(prompter, DetectionPrompter)
+        factors.append(
+            repeat_factors(image_classes(records), repeat_threshold) if resampled else None
+        )
         mapped.append(MapDataset(lean_dataset(records), mapper))
+    stream = TrainingStream(
+        [len(part) for part in mapped],
+        weights=weights,
+        repeats=repeats,
+        repeat_factors=None if repeat_threshold is None else factors,
+        seed=seed,
+    )
     sampler = TrainingBatchSampler(
-        TrainingStream([len(part) for part in mapped], weights=weights, seed=seed),
+        stream,
         total_batch_size=total_batch_size,
         start_index=start_index,
-        groups=groups if aspect_ratio_grouping else None,
+        groups=np.concatenate(groups) if groups else None,
     )
     return DataLoader(
         TrainingSet(ConcatDataset(mapped), seed=seed, max_failed_share=max_failed_share),
@@ -144,6 +189,7 @@ def build_test_loader(
     max_classes: int | None = None,
     separator: str = ". ",
     templates: Templates | None = None,
+    dataset_prompts: bool = True,
     image_format: str = "BGR",
 ) -> DataLoader:
     """A loader that shows each image of a data set once, each process its share.
@@ -160,6 +206,7 @@ def build_test_loader(
         max_tokens: limit of a caption's tokens, special tokens included.
         max_classes: limit of the classes of one detection caption.
         separator, templates: as of :func:`~fiber_d2.text.build_detection_prompts`.
+        dataset_prompts: without templates, take those that the data set brings along, if any.
         image_format: channel order.
 
     Returns:
@@ -177,6 +224,7 @@ def build_test_loader(
         max_classes=max_classes,
         separator=separator,
         templates=templates,
+        dataset_prompts=dataset_prompts,
     )
     mapper = FiberDatasetMapper(
         is_train=False, prompter=prompter, augmentations=augmentations, image_format=image_format
@@ -193,7 +241,7 @@ def build_test_loader(
 
 def build_prompter(
     name: str,
-    records: Sequence[dict[str, Any]],
+    records: Sequence[Record],
     tokenizer: PreTrainedTokenizerFast,
     *,
     max_tokens: int = 256,
@@ -201,9 +249,14 @@ def build_prompter(
     separator: str = ". ",
     templates: Templates | None = None,
     shuffle: bool = False,
+    sampled: Mapping[str, Any] | None = None,
+    dataset_prompts: bool = True,
     on_empty: str = "error",
+    on_overflow: str = "error",
 ) -> Prompter:
     """The prompter that fits a data set: by its metadata ``ground_truth``, else by its records.
+
+    Args are those of the loaders; ``sampled`` is their ``sampled_classes``.
 
     Raises:
         ValueError: the kind is unknown, classes are not named, or a class has no token.
@@ -216,6 +269,7 @@ def build_prompter(
             max_tokens=max_tokens,
             whole_caption=kind == REFEXP,
             on_empty=on_empty,
+            on_overflow=on_overflow,
         )
     if kind != DETECTION:
         raise ValueError(
@@ -226,15 +280,18 @@ def build_prompter(
         raise ValueError(
             f"The data set {name!r} does not name its classes: set thing_classes in its metadata."
         )
+    if templates is None and dataset_prompts:
+        templates = metadata.get("prompts")
+    options: dict[str, Any] = {
+        "separator": separator,
+        "max_tokens": max_tokens,
+        "max_classes": max_classes,
+        "templates": templates,
+    }
     try:
-        return DetectionPrompter(
-            tokenizer,
-            metadata.thing_classes,
-            separator=separator,
-            max_tokens=max_tokens,
-            max_classes=max_classes,
-            templates=templates,
-            shuffle=shuffle,
-        )
-    except ValueError as error:
+        if sampled is not None:
+            options.update(sampled)
+            return SampledDetectionPrompter(tokenizer, metadata.thing_classes, **options)
+        return DetectionPrompter(tokenizer, metadata.thing_classes, shuffle=shuffle, **options)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"Data set {name!r}: {error}") from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from detectron2.data import detection_utils as utils
 from detectron2.data.detection_utils import SizeMismatchError
 from PIL import Image, UnidentifiedImageError
+
+from .tsv_file import read_tsv_image
 
 
 class ImageError(ValueError):
@@ -35,9 +36,7 @@ def read_image(record: dict[str, Any], image_format: str) -> np.ndarray:
     path, image_id = record["file_name"], record.get("image_id")
     try:
         if "tsv_row" in record:
-            from .tsv import decode_tsv_image
-
-            return decode_tsv_image(_tsv_file(path), record["tsv_row"], image_format)
+            return read_tsv_image(record, image_format)
         return utils.read_image(path, format=image_format)
     except FileNotFoundError as error:
         raise FileNotFoundError(
@@ -53,11 +52,3 @@ def read_image(record: dict[str, Any], image_format: str) -> np.ndarray:
             f"The image {path} (id {image_id!r}) is too large to be read safely: {error} "
             "Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS in a module given to --import."
         ) from error
-
-
-@lru_cache(maxsize=16)
-def _tsv_file(path: str) -> Any:
-    """Opened once; the file opens itself anew in every process."""
-    from .tsv import TSVFile
-
-    return TSVFile(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import compress
 from typing import Any, Protocol, Union
@@ -17,8 +16,7 @@ from detectron2.structures import Boxes, Instances
 from transformers import PreTrainedTokenizerFast
 
 from fiber_d2.structures import Prompt
-from fiber_d2.text import build_detection_prompts, build_grounding_prompt
-from fiber_d2.text.prompts import Templates
+from fiber_d2.text import build_grounding_prompt
 
 from .images import read_image
 from .transforms import count_horizontal_flips, mirror_caption
@@ -43,87 +41,6 @@ class Prompter(Protocol):
         """Raise ValueError where the record's prompt cannot be made. Cheap and repeatable."""
 
 
-class DetectionPrompter:
-    """Asks for all the classes of a data set; prompts are made once.
-
-    Args:
-        tokenizer: from :func:`~fiber_d2.text.load_tokenizer`.
-        class_names: names by contiguous id.
-        separator, max_tokens, max_classes, templates: as of
-            :func:`~fiber_d2.text.build_detection_prompts`.
-        shuffle: in training, draw a new order of the classes for each image (numpy's generator).
-
-    Raises:
-        ValueError: a class has no token, or exceeds ``max_tokens`` alone.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        class_names: Sequence[str],
-        *,
-        separator: str = ". ",
-        max_tokens: int = 256,
-        max_classes: int | None = None,
-        templates: Templates | None = None,
-        shuffle: bool = False,
-    ) -> None:
-        if shuffle and templates is not None and not isinstance(templates, str):
-            raise ValueError("Classes with a template each cannot be shuffled.")
-        self.tokenizer = tokenizer
-        self.class_names = list(class_names)
-        self.max_tokens = max_tokens
-        self.shuffle = shuffle
-        self._options: dict[str, Any] = {
-            "separator": separator,
-            "max_tokens": max_tokens,
-            "max_classes": max_classes,
-            "templates": templates,
-        }
-        self.prompts = build_detection_prompts(tokenizer, self.class_names, **self._options)
-
-    def for_training(self, record: dict[str, Any]) -> tuple[Prompt, list[int]]:
-        """One prompt with all classes; rows follow the contiguous ids.
-
-        Raises:
-            ValueError: one caption cannot hold all the classes, or a category id is no class.
-        """
-        self.check(record, is_train=True)
-        order = np.arange(len(self.class_names))
-        prompts = self.prompts
-        if self.shuffle:
-            order = np.random.permutation(len(order))
-            names = [self.class_names[index] for index in order]
-            prompts = build_detection_prompts(self.tokenizer, names, **self._options)
-            # An order can need a token more than another: the first name has no space before it.
-            self._check_one_prompt(len(prompts))
-        prompt = replace(prompts[0], target_ids=torch.from_numpy(order.astype(np.int64)))
-        row_of = np.argsort(order).tolist()
-        return prompt, [row_of[a["category_id"]] for a in record.get("annotations", ())]
-
-    def for_evaluation(self, record: dict[str, Any]) -> Prompts:
-        return self.prompts[0] if len(self.prompts) == 1 else self.prompts
-
-    def check(self, record: dict[str, Any], *, is_train: bool) -> None:
-        if not is_train:
-            return
-        self._check_one_prompt(len(self.prompts))
-        for annotation in record.get("annotations", ()):
-            if not 0 <= annotation["category_id"] < len(self.class_names):
-                raise ValueError(
-                    f"category_id {annotation['category_id']} is none of the contiguous class ids "
-                    f"0 to {len(self.class_names) - 1}."
-                )
-
-    def _check_one_prompt(self, needed: int) -> None:
-        if needed != 1:
-            raise ValueError(
-                f"{len(self.class_names)} classes need {needed} captions of at most "
-                f"{self.max_tokens} tokens, but training shows all of them in one: raise "
-                "max_tokens (and max_classes), or shorten or remove classes."
-            )
-
-
 class GroundingPrompter:
     """Asks for the phrases of the record's own caption.
 
@@ -133,6 +50,7 @@ class GroundingPrompter:
         whole_caption: read an empty ``tokens_positive`` as the whole caption, which is right for
             referring expressions; otherwise such a box is tied to no word.
         on_empty: ``"error"`` where spans meet no token, or ``"keep"``.
+        on_overflow: ``"error"`` where a caption is too long, or ``"truncate"``.
     """
 
     def __init__(
@@ -142,11 +60,13 @@ class GroundingPrompter:
         max_tokens: int = 256,
         whole_caption: bool = False,
         on_empty: str = "error",
+        on_overflow: str = "error",
     ) -> None:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.whole_caption = whole_caption
         self.on_empty = on_empty
+        self.on_overflow = on_overflow
 
     def _prompt(self, caption: str, targets: Sequence[Sequence[Sequence[int]]]) -> Prompt:
         return build_grounding_prompt(
@@ -155,6 +75,7 @@ class GroundingPrompter:
             targets,
             max_tokens=self.max_tokens,
             on_empty=self.on_empty,
+            on_overflow=self.on_overflow,
         )
 
     def _targets(self, record: dict[str, Any]) -> list[tuple[tuple[int, int], ...]]:

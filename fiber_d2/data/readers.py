@@ -1,49 +1,67 @@
 """Annotation files -> Detectron2 dataset dicts.
 
-Both formats are COCO json underneath. Detectron2's ``load_coco_json`` is not used: it sorts the
+All formats are COCO json underneath. Detectron2's ``load_coco_json`` is not used: it sorts the
 categories, whose order decides the caption, it drops boxes whose polygon is faulty, and it accepts
 files without annotations.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from detectron2.data import MetadataCatalog
-from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 
-logger = logging.getLogger(__name__)
+from .categories import BACKGROUND as BACKGROUND
+from .categories import ClassNames, read_categories, require
+from .coco_json import (
+    ImageRoot,
+    Record,
+    annotations_of,
+    box_of,
+    existing_root,
+    image_record,
+    is_number,
+    load_json,
+    records_of,
+)
 
-BACKGROUND = "__background__"
 # Copied from an image of a grounding file into its record, where present.
 GROUNDING_KEYS = (
     "sentence_id",
     "original_img_id",
     "original_id",
     "dataset_name",
+    "data_source",
     "tokens_positive_eval",
 )
+# Copied from an image of an LVIS file into its record: ids of the file, as Detectron2 has them.
+LVIS_KEYS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
 def load_detection_json(
-    json_file: str, image_root: str, dataset_name: str | None = None
-) -> list[dict[str, Any]]:
+    json_file: str,
+    image_root: ImageRoot,
+    dataset_name: str | None = None,
+    *,
+    class_names: ClassNames | None = None,
+    annotated: bool = True,
+) -> list[Record]:
     """Records of a COCO instances file.
 
-    The contiguous ids are 0-based positions in the file's ``categories``; an entry called
-    ``__background__`` is left out together with its boxes.
+    The contiguous ids are 0-based positions in the file's ``categories``, whatever the ids are.
+    No class are: an entry called ``__background__``, whose boxes are left out; and, where no
+    annotation uses them, an entry called ``background`` or the one of id 0 that Roboflow puts
+    before the classes to group them.
 
     Args:
         json_file: path of the annotation file.
-        image_root: folder that the file names are relative to.
+        image_root: folder that the file names are relative to, or several, see ``ImageRoot``.
         dataset_name: where given, ``thing_classes`` and ``thing_dataset_id_to_contiguous_id`` are
             stored in its metadata.
+        class_names: other names for the classes: for all of them in order, or by category id.
+        annotated: False accepts a file without the list ``annotations``, as test servers have.
 
     Returns:
         One record per image in ascending order of ids: ``file_name``, ``height``, ``width``,
@@ -54,170 +72,176 @@ def load_detection_json(
         FileNotFoundError: there is no such file.
         ValueError: the file is not COCO json, or an image lies outside of ``image_root``.
     """
-    content = _load(json_file, dataset_name, ("images", "annotations", "categories"))
-    categories = [c for c in content["categories"] if c.get("name") != BACKGROUND]
-    for category in categories:
-        _require(category, ("id", "name"), "category", json_file)
-    contiguous = {category["id"]: index for index, category in enumerate(categories)}
-    if len(contiguous) != len(categories) or not categories:
-        problem = "repeats an id in its" if categories else "has no"
-        raise ValueError(f"The annotation file {json_file} {problem} categories.")
-    known = {category["id"] for category in content["categories"]}
-    if dataset_name is not None:
-        MetadataCatalog.get(dataset_name).set(
-            thing_classes=[category["name"] for category in categories],
-            thing_dataset_id_to_contiguous_id=contiguous,
-        )
-    records = []
-    for image, entries in _images(content, json_file):
-        record = _image_record(image, image_root, json_file)
-        for annotation in entries:
-            category_id = annotation.get("category_id")
-            if category_id not in known:
-                raise ValueError(
-                    f"The annotation {annotation.get('id')} of {json_file} has the category id "
-                    f"{category_id!r}, which is not among the file's categories."
-                )
-            if category_id in contiguous:
-                box = _box(annotation, json_file)
-                record["annotations"].append({**box, "category_id": contiguous[category_id]})
-        records.append(record)
-    return records
+    root = existing_root(image_root)
+    return _load_classes(
+        json_file,
+        dataset_name,
+        lambda image: image_record(image, image["file_name"], root, json_file),
+        class_names=class_names,
+        annotated=annotated,
+        image_keys=("file_name",),
+    )
+
+
+def load_lvis_json(
+    json_file: str,
+    image_root: ImageRoot,
+    dataset_name: str | None = None,
+    *,
+    class_names: ClassNames | None = None,
+    annotated: bool = True,
+) -> list[Record]:
+    """Records of an LVIS file, see :func:`load_detection_json`.
+
+    The image file is given by the last two parts of ``coco_url``, such as
+    ``train2017/000000000009.jpg``; ``file_name`` serves where there is no url.
+
+    Returns:
+        Records with, in addition, ``neg_category_ids`` and ``not_exhaustive_category_ids``: ids of
+        the file, not contiguous ones, as in Detectron2's own records of LVIS. With
+        ``dataset_name`` the metadata get ``class_frequency`` too: "r", "c" or "f" by contiguous
+        id, None where the file does not tell.
+
+    Raises:
+        FileNotFoundError, ValueError: as of :func:`load_detection_json`.
+    """
+    root = existing_root(image_root)
+
+    def record(image: Mapping[str, Any]) -> Record:
+        found = image_record(image, _lvis_file_name(image, json_file), root, json_file)
+        found.update({key: image[key] for key in LVIS_KEYS if image.get(key) is not None})
+        return found
+
+    return _load_classes(
+        json_file,
+        dataset_name,
+        record,
+        class_names=class_names,
+        annotated=annotated,
+        frequencies=True,
+    )
 
 
 def load_grounding_json(
-    json_file: str, image_root: str, dataset_name: str | None = None
-) -> list[dict[str, Any]]:
+    json_file: str,
+    image_root: ImageRoot,
+    dataset_name: str | None = None,
+    *,
+    coco_image_root: ImageRoot | None = None,
+) -> list[Record]:
     """Records of an MDETR-style file: each "image" is one sentence about an image.
 
     Args:
         json_file: path of the annotation file.
-        image_root: folder that the file names are relative to.
+        image_root: folder that the file names are relative to, or several, see ``ImageRoot``.
         dataset_name: named in messages.
+        coco_image_root: the same for images whose ``data_source`` is "coco".
 
     Returns:
         Records as of :func:`load_detection_json` (``category_id`` is 0) with ``caption`` (str),
         per annotation ``tokens_positive`` (list of ``[begin, end)`` characters) and those of
-        ``sentence_id``, ``original_img_id``, ``original_id``, ``dataset_name`` and
-        ``tokens_positive_eval`` that the image has.
+        ``sentence_id``, ``original_img_id``, ``original_id``, ``dataset_name``, ``data_source``
+        and ``tokens_positive_eval`` that the image has.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not of that format, or an image lies outside of ``image_root``.
+        ValueError: the file is not of that format, or an image lies outside of its folder.
     """
-    content = _load(json_file, dataset_name, ("images", "annotations"))
-    records = []
-    for image, entries in _images(content, json_file):
-        _require(image, ("caption",), "image", json_file)
-        record = _image_record(image, image_root, json_file)
-        record["caption"] = image["caption"]
-        record.update({key: image[key] for key in GROUNDING_KEYS if image.get(key) is not None})
-        for annotation in entries:
-            spans = annotation.get("tokens_positive", annotation.get("tokens"))
-            if spans is None:
-                raise ValueError(
-                    f"The annotation {annotation.get('id')} of {json_file} has no tokens_positive: "
-                    "the [begin, end) characters of the caption that name its box."
-                )
-            box = _box(annotation, json_file)
-            record["annotations"].append({**box, "category_id": 0, "tokens_positive": spans})
-        records.append(record)
-    return records
+    root = existing_root(image_root)
+    coco_root = root if coco_image_root is None else existing_root(coco_image_root)
 
-
-def _load(json_file: str, dataset_name: str | None, lists: Iterable[str]) -> dict[str, Any]:
-    whose = f" of the data set {dataset_name!r}" if dataset_name else ""
-    if not PathManager.isfile(json_file):
-        prepare = (
-            "python -m fiber_d2.data.shapes writes the generated sets; "
-            if dataset_name and dataset_name.startswith("shapes_")
-            else ""
-        )
-        raise FileNotFoundError(
-            f"The annotation file {json_file}{whose} does not exist: {prepare}"
-            "datasets/README.md shows where each data set belongs, and the environment variable "
-            "DETECTRON2_DATASETS names the folder that holds them all (default: ./datasets)."
-        )
-    try:
-        with PathManager.open(json_file, "r", encoding="utf-8") as file:
-            content = json.load(file)
-    except ValueError as error:  # bad json as well as bad utf-8
-        raise ValueError(f"The annotation file {json_file}{whose} is not json: {error}") from error
-    lists = tuple(lists)
-    found = content if isinstance(content, dict) else {}
-    missing = [key for key in lists if not isinstance(found.get(key), list)]
-    if missing:
-        raise ValueError(
-            f"The annotation file {json_file}{whose} is not COCO json: it needs an object with the "
-            f"lists {', '.join(lists)}, but lacks {', '.join(missing)}."
-        )
-    logger.info("Read %d images from %s", len(content["images"]), json_file)
-    return content
-
-
-def _images(content: Mapping[str, Any], json_file: str) -> list[tuple[dict, list[dict]]]:
-    """Each image with its annotations, in ascending order of image ids."""
-    by_id: dict[Any, dict] = {}
-    for image in content["images"]:
-        _require(image, ("id", "file_name", "height", "width"), "image", json_file)
-        if by_id.setdefault(image["id"], image) is not image:
-            raise ValueError(f"The annotation file {json_file} has two images of id {image['id']}.")
-    per_image = defaultdict(list)
-    for annotation in content["annotations"]:
-        _require(annotation, ("image_id", "bbox"), "annotation", json_file)
-        if annotation["image_id"] not in by_id:
+    def record(image: Mapping[str, Any]) -> Record:
+        if not isinstance(image["caption"], str):
             raise ValueError(
-                f"The annotation {annotation.get('id')} of {json_file} belongs to the image "
-                f"{annotation['image_id']!r}, which is not among the file's images."
+                f"The image {image['id']!r} of {json_file} has the caption {image['caption']!r}, "
+                "which is no text."
             )
-        per_image[annotation["image_id"]].append(annotation)
-    try:
-        order = sorted(by_id)
-    except TypeError as error:
-        raise ValueError(f"The image ids of {json_file} mix numbers and text.") from error
-    return [(by_id[image_id], per_image[image_id]) for image_id in order]
+        folder = coco_root if image.get("data_source") == "coco" else root
+        found = image_record(image, image["file_name"], folder, json_file)
+        found["caption"] = image["caption"]
+        found.update({key: image[key] for key in GROUNDING_KEYS if image.get(key) is not None})
+        return found
+
+    content = load_json(json_file, dataset_name, ("images", "annotations"))
+    records = records_of(content, json_file, record, ("file_name", "caption"))
+    for annotation, entries in annotations_of(content, json_file, records):
+        spans = annotation.get("tokens_positive", annotation.get("tokens"))
+        if spans is None:
+            raise ValueError(
+                f"The annotation {annotation.get('id')} of {json_file} has no tokens_positive: "
+                "the [begin, end) characters of the caption that name its box."
+            )
+        if not _are_spans(spans):
+            raise ValueError(
+                f"The annotation {annotation.get('id')} of {json_file} has the tokens_positive "
+                f"{spans!r} instead of a list of [begin, end) characters."
+            )
+        box = box_of(annotation, json_file)
+        entries.append({**box, "category_id": 0, "tokens_positive": spans})
+    return list(records.values())
 
 
-def _require(entry: Any, keys: Iterable[str], kind: str, json_file: str) -> None:
-    missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-    if missing:
-        which = f" {entry['id']!r}" if isinstance(entry, dict) and "id" in entry else ""
+def _load_classes(
+    json_file: str,
+    dataset_name: str | None,
+    record: Callable[[Mapping[str, Any]], Record],
+    *,
+    class_names: ClassNames | None,
+    annotated: bool,
+    image_keys: Sequence[str] = (),
+    frequencies: bool = False,
+) -> list[Record]:
+    """Records of a file whose annotations have categories."""
+    needed = ("images", "annotations", "categories") if annotated else ("images", "categories")
+    content = load_json(json_file, dataset_name, needed)
+    classes = read_categories(content, json_file, class_names)
+    if dataset_name is not None:
+        metadata: dict[str, Any] = {
+            "thing_classes": classes.names,
+            "thing_dataset_id_to_contiguous_id": classes.contiguous,
+        }
+        if frequencies:
+            metadata["class_frequency"] = classes.frequencies
+        set_metadata(dataset_name, **metadata)
+    records = records_of(content, json_file, record, image_keys)
+    for annotation, entries in annotations_of(content, json_file, records):
+        index = classes.index_of(annotation, json_file)
+        if index is not None:
+            entries.append({**box_of(annotation, json_file), "category_id": index})
+    return list(records.values())
+
+
+def set_metadata(dataset_name: str, **values: Any) -> None:
+    """Store what a file says about its data set.
+
+    Raises:
+        ValueError: it said something else when it was read before.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    for key, value in values.items():
+        if metadata.get(key, value) != value:
+            raise ValueError(
+                f"The data set {dataset_name!r} has other {key} than before: did its file change "
+                "while the program ran? Start it anew, or register the file under another name."
+            )
+    metadata.set(**values)
+
+
+def _lvis_file_name(image: Mapping[str, Any], json_file: str) -> str:
+    url = image.get("coco_url")
+    if not url:
+        require(image, ("file_name",), "image", json_file)
+        return image["file_name"]
+    parts = urlsplit(url).path.split("/") if isinstance(url, str) else []
+    if len(parts) < 2 or not all(parts[-2:]):
         raise ValueError(
-            f"The annotation file {json_file} is not COCO json: the {kind}{which} lacks "
-            f"{', '.join(missing)}."
+            f"The image {image['id']!r} of {json_file} has the coco_url {url!r}, which does not "
+            "end in a folder and a file name."
         )
+    return "/".join(parts[-2:])
 
 
-def _image_record(image: Mapping[str, Any], image_root: str, json_file: str) -> dict[str, Any]:
-    name = os.path.normpath(image["file_name"])
-    # Compared as written: links that the owner of the folder made inside it are welcome.
-    if os.path.isabs(name):
-        outside = not name.startswith(os.path.join(os.path.abspath(image_root), ""))
-    else:
-        outside = name.split(os.sep)[0] == os.pardir
-    if outside:
-        raise ValueError(
-            f"The image {image['id']!r} of {json_file} has the file name {image['file_name']!r}, "
-            f"which leads out of its image folder {image_root}."
-        )
-    return {
-        "file_name": os.path.join(image_root, name),
-        "height": image["height"],
-        "width": image["width"],
-        "image_id": image["id"],
-        "annotations": [],
-    }
-
-
-def _box(annotation: Mapping[str, Any], json_file: str) -> dict[str, Any]:
-    box = annotation["bbox"]
-    if not (isinstance(box, list) and len(box) == 4):
-        raise ValueError(
-            f"The annotation {annotation.get('id')} of {json_file} has the bbox {box!r} instead of "
-            "[x, y, width, height]."
-        )
-    return {
-        "bbox": box,
-        "bbox_mode": BoxMode.XYWH_ABS,
-        "iscrowd": annotation.get("iscrowd", 0),
-    }
+def _are_spans(spans: Any) -> bool:
+    return isinstance(spans, list) and all(
+        isinstance(span, list) and len(span) == 2 and all(map(is_number, span)) for span in spans
+    )

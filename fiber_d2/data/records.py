@@ -27,23 +27,16 @@ MAX_CHECKED = 10_000
 MAX_CHECKED_FILES = 16
 
 
-class RecordView(Sequence):
-    """Some records of a sequence that makes them when asked, in an order of their own.
-
-    Args:
-        records: any sequence.
-        indices: ints into it, repeats allowed.
-    """
-
-    def __init__(self, records: Sequence[Record], indices: np.ndarray | Sequence[int]) -> None:
-        self.records = records
-        self.indices = np.asarray(indices, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.records[int(self.indices[index])]
+def check_registered(name: str) -> None:
+    """Raise KeyError, with the nearest names, where no data set of that name is registered."""
+    known = DatasetCatalog.list()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise KeyError(
+            f"The data set {name!r} is not registered.{hint} One's own data are registered by "
+            "fiber_d2.data.register_coco_json(name, json_file, image_root)."
+        )
 
 
 def load_records(name: str) -> Sequence[Record]:
@@ -53,25 +46,17 @@ def load_records(name: str) -> Sequence[Record]:
         KeyError: the name is not registered.
         ValueError: the data set is empty.
     """
-    known = DatasetCatalog.list()
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise KeyError(
-            f"The data set {name!r} is not registered.{hint} One's own data are registered by "
-            "fiber_d2.data.register_coco_json(name, json_file, image_root)."
-        )
+    check_registered(name)
     records = DatasetCatalog.get(name)
     if len(records) == 0:
         raise ValueError(f"The data set {name!r} holds no image.")
     return records
 
 
-def select_records(records: Sequence[Record], indices: np.ndarray) -> Sequence[Record]:
-    """The records of ``indices``: a list of a list, a view of anything lazy."""
-    if isinstance(records, list):
-        return [records[index] for index in indices]
-    return RecordView(records, indices)
+def select_records(records: Sequence[Record], indices: Sequence[int]) -> Sequence[Record]:
+    """The records of these indices; what reads them when asked stays so (see ``TSVRecords``)."""
+    subset = getattr(records, "subset", None)
+    return [records[index] for index in indices] if subset is None else subset(indices)
 
 
 def filter_records(records: Sequence[Record], name: str) -> Sequence[Record]:
@@ -97,7 +82,7 @@ def filter_records(records: Sequence[Record], name: str) -> Sequence[Record]:
     if len(kept) == num_records:
         return records
     logger.info("%s: left out %d images without a usable box", name, num_records - len(kept))
-    return select_records(records, np.array(kept))
+    return select_records(records, kept)
 
 
 def _usable(annotation: dict[str, Any]) -> bool:
@@ -113,6 +98,15 @@ def lean_dataset(records: Sequence[Record]) -> Dataset | Sequence[Record]:
     A list is serialised into one array, as Detectron2 does; what is lazy already stays.
     """
     return DatasetFromList(records, copy=False) if isinstance(records, list) else records
+
+
+def wider_than_high(records: Sequence[Record]) -> np.ndarray:
+    """Which images are wider than high, bool ``(N,)``."""
+    sizes = getattr(records, "image_sizes", None)
+    if sizes is None:
+        return np.array([record["width"] > record["height"] for record in records], dtype=bool)
+    height, width = sizes().T
+    return width > height
 
 
 def check_dataset(records: Sequence[Record], mapper: FiberDatasetMapper, name: str) -> None:

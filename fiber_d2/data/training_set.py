@@ -47,7 +47,7 @@ class TrainingSet(Dataset):
         *,
         seed: int,
         retries: int = 2,
-        retry_wait: float = 0.5,
+        retry_wait: float = 0.2,
         max_failed_share: float = 0.01,
     ) -> None:
         if retries < 0 or retry_wait < 0:

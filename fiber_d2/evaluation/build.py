@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
+from fiber_d2.data.records import check_registered
 from fiber_d2.evaluation.coco import GroundedCOCOEvaluator
 from fiber_d2.evaluation.flickr import FlickrRecallEvaluator
 from fiber_d2.evaluation.refexp import RefExpEvaluator
@@ -34,11 +35,7 @@ def build_evaluator(
         KeyError: where the data set is not registered.
         ValueError: where no evaluator goes by its ``evaluator_type``.
     """
-    if dataset_name not in DatasetCatalog.list():
-        raise KeyError(
-            f"Data set {dataset_name!r} is not registered. Registered: "
-            f"{', '.join(sorted(DatasetCatalog.list()))}."
-        )
+    check_registered(dataset_name)
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind not in EVALUATORS:
         raise ValueError(

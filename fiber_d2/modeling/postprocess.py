@@ -24,7 +24,7 @@ def aggregate_token_scores(
     Args:
         token_scores: ``(P, A, T)`` in 0..1.
         positive_map: ``(P, K, T)``; rows sum to 1, or are zero for targets without tokens.
-        how: ``"mean"`` over the target's tokens or ``"max"``.
+        how: ``"mean"`` over the target's tokens, ``"max"``, or ``"power"``, their geometric mean.
 
     Returns:
         ``(P, A, K)``; 0 for targets without tokens.
@@ -43,7 +43,11 @@ def aggregate_token_scores(
         values = token_scores[pair, :, token]
         flat.scatter_reduce_(0, rows[:, None].expand_as(values), values, "amax")
         return scores.transpose(1, 2)
-    raise ValueError(f"score_aggregation is {how!r}; it must be 'mean' or 'max'.")
+    if how == "power":
+        smallest = torch.finfo(token_scores.dtype).tiny
+        scores = (token_scores.clamp(min=smallest).log() @ positive_map.transpose(1, 2)).exp()
+        return scores * (positive_map.sum(dim=-1) > 0)[:, None]
+    raise ValueError(f"score_aggregation is {how!r}; it must be 'mean', 'max' or 'power'.")
 
 
 class PostProcessor(nn.Module):
@@ -54,7 +58,7 @@ class PostProcessor(nn.Module):
         pre_nms_topk: candidates kept per level.
         nms_thresh: overlap above which a box of the same class is suppressed.
         max_detections: per image and prompt; ties with the last one are kept.
-        score_aggregation: ``"mean"`` or ``"max"`` over a target's tokens.
+        score_aggregation: ``"mean"``, ``"max"`` or ``"power"`` over a target's tokens.
         max_merged_detections: per image after the prompts of an image are merged, 0 for no limit.
     """
 

@@ -20,6 +20,7 @@ Templates = Union[str, Sequence[Mapping[str, str]]]
 ``prefix``, ``name`` and ``suffix``."""
 
 _EMPTY_CHOICES = ("error", "keep")
+_OVERFLOW_CHOICES = ("error", "truncate")
 
 
 def clean_name(name: str) -> str:
@@ -39,6 +40,7 @@ def build_grounding_prompt(
     *,
     max_tokens: int = 256,
     on_empty: str = "error",
+    on_overflow: str = "error",
 ) -> Prompt:
     """The prompt of a sentence whose phrases are given by their characters.
 
@@ -50,6 +52,9 @@ def build_grounding_prompt(
         max_tokens: limit of the caption's tokens, special tokens included.
         on_empty: ``"error"``, or ``"keep"`` to let a target whose spans meet no token have a row
             of zeros.
+        on_overflow: ``"error"``, or ``"truncate"`` to leave out what of the caption exceeds
+            ``max_tokens``, as the original trains on long captions. A span whose end is cut off
+            meets no token. ``text`` stays the whole caption.
 
     Returns:
         A prompt with one target for each entry of ``spans`` and ``target_ids`` 0, 1, ...
@@ -58,7 +63,8 @@ def build_grounding_prompt(
         ValueError: the caption has too many tokens, a span is reversed or outside of the caption,
             or the spans of a target meet no token.
     """
-    _check_choice(on_empty)
+    _check_choice("on_empty", on_empty, _EMPTY_CHOICES)
+    _check_choice("on_overflow", on_overflow, _OVERFLOW_CHOICES)
     per_target = [[(int(begin), int(end)) for begin, end in target] for target in spans]
     for index, target in enumerate(per_target):
         for begin, end in target:
@@ -70,11 +76,13 @@ def build_grounding_prompt(
                 )
     tokens = _tokenize(tokenizer, caption)
     if len(tokens) > max_tokens:
-        raise ValueError(
-            f"The caption {shorten(caption)!r} has {len(tokens)} tokens (special tokens included), "
-            f"but the limit is {max_tokens}: shorten or split it, or raise max_tokens where the "
-            "model's text tower allows more."
-        )
+        if on_overflow == "error":
+            raise ValueError(
+                f"The caption {shorten(caption)!r} has {len(tokens)} tokens (special tokens "
+                f"included), but the limit is {max_tokens}: shorten or split it, or raise "
+                "max_tokens where the model's text tower allows more."
+            )
+        tokens = _tokenize(tokenizer, caption, limit=max_tokens)
     positive_map = spans_to_positive_map(tokens.offsets, per_target)
     if on_empty == "error":
         empty = [index for index in _empty_rows(positive_map) if per_target[index]]
@@ -97,6 +105,7 @@ def build_detection_prompts(
     separator: str = ". ",
     templates: Templates | None = None,
     suppressed: Sequence[str] = (),
+    lead: str = "",
     on_empty: str = "error",
 ) -> list[Prompt]:
     """The prompts that ask for all the classes, as few as the limits allow, none cutting a class.
@@ -114,6 +123,7 @@ def build_detection_prompts(
             cleaned name, or for each class (counted over all captions) a mapping with ``prefix``,
             ``name`` and ``suffix``, whose name is used as it is.
         suppressed: further names at the end of every caption that are no class.
+        lead: words at the beginning of every caption, such as ``"object detection : "``.
         on_empty: ``"error"``, or ``"keep"`` to let a class without tokens have a row of zeros.
 
     Returns:
@@ -123,19 +133,17 @@ def build_detection_prompts(
         ValueError: there is no class, a class has no token of its own, a single class exceeds
             ``max_tokens``, or the templates do not fit.
     """
-    _check_choice(on_empty)
-    if isinstance(class_names, str) or len(class_names) == 0:
-        raise ValueError(f"class_names must be a list of one name or more, not {class_names!r}.")
+    _check_choice("on_empty", on_empty, _EMPTY_CHOICES)
+    worded = _word_classes(class_names, templates)
     if max_classes is not None and max_classes < 1:
         raise ValueError(f"max_classes must be at least 1 (or None), not {max_classes}.")
-    worded = _word_classes(class_names, templates)
     if on_empty == "error":
         for given, (_, name, _) in zip(class_names, worded):
             if not name.strip():
                 raise ValueError(_no_token_message(given, name))
 
     def tokenize(start: int, stop: int) -> tuple[_Tokens, list[tuple[int, int]]]:
-        text, spans = _join(worded[start:stop], separator, suppressed)
+        text, spans = _join(worded[start:stop], separator, suppressed, lead)
         return _tokenize(tokenizer, text), spans
 
     prompts = []
@@ -149,6 +157,43 @@ def build_detection_prompts(
                 raise ValueError(_no_token_message(class_names[index], worded[index][1]))
         prompts.append(tokens.prompt(positive_map, torch.arange(start, stop)))
     return prompts
+
+
+def detection_caption(
+    class_names: Sequence[str],
+    *,
+    separator: str = ". ",
+    templates: Templates | None = None,
+    suppressed: Sequence[str] = (),
+    lead: str = "",
+) -> tuple[str, list[tuple[int, int]]]:
+    """The caption that asks for all the classes, whatever its length.
+
+    Args:
+        class_names, separator, templates, suppressed, lead: as of
+            :func:`build_detection_prompts`.
+
+    Returns:
+        The caption, and for each class the ``(begin, end)`` characters of its name in it.
+
+    Raises:
+        ValueError: there is no class, or the templates do not fit.
+    """
+    return _join(_word_classes(class_names, templates), separator, suppressed, lead)
+
+
+def clean_templates(templates: Templates | None) -> Templates | None:
+    """The templates with every name cleaned by :func:`clean_name`.
+
+    The original uses the names of its templates as they are in evaluation, but cleans them in
+    training.
+    """
+    if templates is None or isinstance(templates, str):
+        return templates
+    return [
+        {**entry, "name": clean_name(entry["name"])} if "name" in entry else entry
+        for entry in templates
+    ]
 
 
 def shorten(text: str, limit: int = 100) -> str:
@@ -177,8 +222,16 @@ class _Tokens:
         )
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerFast, text: str) -> _Tokens:
-    encoded = tokenizer(text, return_offsets_mapping=True, return_attention_mask=False)
+def _tokenize(
+    tokenizer: PreTrainedTokenizerFast, text: str, *, limit: int | None = None
+) -> _Tokens:
+    encoded = tokenizer(
+        text,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        truncation=limit is not None,
+        max_length=limit,
+    )
     offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     return _Tokens(text, list(encoded["input_ids"]), offsets)
 
@@ -187,9 +240,9 @@ def _empty_rows(positive_map: torch.Tensor) -> list[int]:
     return torch.nonzero(positive_map.sum(dim=1) == 0).flatten().tolist()
 
 
-def _check_choice(on_empty: str) -> None:
-    if on_empty not in _EMPTY_CHOICES:
-        raise ValueError(f"on_empty must be one of {_EMPTY_CHOICES}, not {on_empty!r}.")
+def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{argument} must be one of {choices}, not {value!r}.")
 
 
 def _no_token_message(given: str, name: str) -> str:
@@ -203,6 +256,8 @@ def _word_classes(
     class_names: Sequence[str], templates: Templates | None
 ) -> list[tuple[str, str, str]]:
     """``(prefix, name, suffix)`` of each class."""
+    if isinstance(class_names, str) or len(class_names) == 0:
+        raise ValueError(f"class_names must be a list of one name or more, not {class_names!r}.")
     cleaned = [clean_name(name) for name in class_names]
     if templates is None:
         return [("", name, "") for name in cleaned]
@@ -226,16 +281,16 @@ def _word_classes(
 
 
 def _join(
-    worded: Sequence[tuple[str, str, str]], separator: str, suppressed: Sequence[str]
+    worded: Sequence[tuple[str, str, str]], separator: str, suppressed: Sequence[str], lead: str
 ) -> tuple[str, list[tuple[int, int]]]:
     """The caption, and the characters of each class's name in it."""
     pieces = ["".join(parts) for parts in worded]
-    spans, position = [], 0
+    spans, position = [], len(lead)
     for (prefix, name, _), piece in zip(worded, pieces):
         begin = position + len(prefix)
         spans.append((begin, begin + len(name)))
         position += len(piece) + len(separator)
-    return separator.join([*pieces, *suppressed]), spans
+    return lead + separator.join([*pieces, *suppressed]), spans
 
 
 def _chunks(

@@ -17,7 +17,8 @@ def _positive_map():
 
 def test_aggregation_agrees_with_loops():
     scores, positive_map = torch.rand(2, 7, 5), _positive_map()
-    for how, reduce in (("mean", torch.mean), ("max", torch.amax)):
+    geometric = lambda values, dim: values.log().mean(dim).exp()  # noqa: E731
+    for how, reduce in (("mean", torch.mean), ("max", torch.amax), ("power", geometric)):
         found = aggregate_token_scores(scores, positive_map, how)
         for pair in range(2):
             for target in range(3):

@@ -17,6 +17,7 @@ from fiber_d2.text import (
     clean_name,
     load_tokenizer,
 )
+from fiber_d2.text.prompts import clean_templates, detection_caption
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "data_eval"
 REFERENCE = json.loads((FIXTURES / "d_prompts.json").read_text())
@@ -72,20 +73,21 @@ def test_detection_prompts_of_the_reference(index):
 @pytest.mark.parametrize("index", range(len(REFERENCE["train_simple"])))
 def test_training_captions_of_the_reference(index):
     case = REFERENCE["train_simple"][index]
+    place = {label: i for i, (label, _) in enumerate(case["ind_to_class"])}
     names = [name for _, name in case["ind_to_class"]]
-    templates = case["caption_prompt"]
-    if templates is not None:  # in training the reference cleans the names of the templates, too
-        templates = [{**entry, "name": clean_name(entry["name"])} for entry in templates]
+    options = {
+        "separator": case["separation_tokens"],
+        "templates": clean_templates(case["caption_prompt"]),
+        "lead": "object detection : " if case["add_detection_prompt"] else "",
+    }
     (prompt,) = build_detection_prompts(
-        TOKENIZER,
-        names,
-        max_tokens=LONG,
-        separator=case["separation_tokens"],
-        templates=templates,
-        on_empty="keep",
+        TOKENIZER, names, max_tokens=LONG, on_empty="keep", **options
     )
-    lead = "object detection : " if case["add_detection_prompt"] else ""
-    assert lead + prompt.text == case["expected"]["caption"]
+    assert prompt.text == case["expected"]["caption"]
+    caption, spans = detection_caption(names, **options)
+    assert caption == prompt.text
+    found = [[list(spans[place[label]])] for label in case["labels"]]
+    assert found == case["expected"]["box_spans"]
 
 
 NAMES = st.text(alphabet="abc de_.é日-", min_size=1, max_size=12).filter(
@@ -135,6 +137,38 @@ def test_format_template_and_suppressed_names():
     assert words == ["hair drier", "dog"]
 
 
+def test_lead_counts_against_the_limit_of_every_caption():
+    names = [f"dog{n}" for n in range(9)]
+    lead = "object detection : "
+    prompts = build_detection_prompts(TOKENIZER, names, max_tokens=30, lead=lead)
+    assert len(prompts) > 1
+    for prompt in prompts:
+        assert prompt.text.startswith(lead + "dog") and prompt.num_tokens <= 30
+        words = [TOKENIZER.decode(prompt.input_ids[row > 0]).strip() for row in prompt.positive_map]
+        assert words == [names[target] for target in prompt.target_ids]
+    # No caption could have taken the first class of the next one.
+    for prompt, following in zip(prompts, prompts[1:]):
+        longer = f"{prompt.text}. {names[following.target_ids[0]]}"
+        assert len(TOKENIZER(longer)["input_ids"]) > 30
+
+
+def test_caption_and_characters_of_its_names():
+    caption, spans = detection_caption(
+        ["hot_dog", "(x)", "tv"], separator=" ; ", templates="a {}!", suppressed=["cow"], lead="> "
+    )
+    assert caption == "> a hot dog! ; a ! ; a tv! ; cow"
+    assert [caption[begin:end] for begin, end in spans] == ["hot dog", "", "tv"]
+    with pytest.raises(ValueError, match="one name or more"):
+        detection_caption([])
+
+
+def test_clean_templates():
+    templates = [{"name": "a_(b)c", "prefix": "_"}, {"suffix": "_"}]
+    assert clean_templates(templates) == [{"name": "a c", "prefix": "_"}, {"suffix": "_"}]
+    assert clean_templates("a_{}") == "a_{}" and clean_templates(None) is None
+    assert templates[0]["name"] == "a_(b)c"
+
+
 def test_templates_are_counted_over_all_prompts():
     templates = [{"prefix": f"p{i} ", "name": f"n{i}", "suffix": ""} for i in range(3)]
     prompts = build_detection_prompts(
@@ -181,6 +215,27 @@ def test_grounding_targets_without_spans_keep_an_empty_row():
     prompt = build_grounding_prompt(TOKENIZER, "a dog", [[], [(2, 5)]])
     assert prompt.positive_map.sum(dim=1).tolist() == [0, 1]
     assert build_grounding_prompt(TOKENIZER, "a dog", []).num_targets == 0
+
+
+def test_long_captions_may_be_truncated():
+    caption = "dog " * 300 + "cat"
+    spans = [[(0, 3)], [(1196, 1199)], [(4, 7), (1200, 1203)], [(0, 1203)]]
+    with pytest.raises(ValueError, match="Target 1 .* covers no token"):
+        build_grounding_prompt(TOKENIZER, caption, spans, on_overflow="truncate")
+    options = {"on_overflow": "truncate", "on_empty": "keep"}
+    prompt = build_grounding_prompt(TOKENIZER, caption, spans, max_tokens=40, **options)
+    assert prompt.num_tokens == 40 and prompt.text == caption
+    whole = TOKENIZER(caption)["input_ids"]
+    assert prompt.input_ids.tolist() == [*whole[:39], whole[-1]]
+    # A span that is cut marks nothing, not even the tokens that are left of it.
+    marked = [TOKENIZER.decode(prompt.input_ids[row > 0]).strip() for row in prompt.positive_map]
+    assert marked == ["dog", "", "dog", ""]
+    short = build_grounding_prompt(TOKENIZER, "a dog", [[(2, 5)]], **options)
+    assert torch.equal(
+        short.positive_map, build_grounding_prompt(TOKENIZER, "a dog", [[(2, 5)]]).positive_map
+    )
+    with pytest.raises(ValueError, match="on_overflow must be one of"):
+        build_grounding_prompt(TOKENIZER, "a dog", [], on_overflow="cut")
 
 
 @pytest.mark.parametrize(

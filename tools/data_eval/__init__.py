@@ -1,0 +1,1 @@
+"""Checks of fixture directories, one module for each section; see ``tools/check_fixtures.py``."""
