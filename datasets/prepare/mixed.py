@@ -22,7 +22,7 @@ boxes of different phrases are one box with several spans.
 
 data_source says where images are: "vg" <id>.jpg in the folder of GQA's or Visual Genome's images,
 "coco" in that of COCO's train2014. --no-coco leaves out all images that are COCO's, by the coco_id
-of image_data.json. All of Visual Genome needs about 5 GB of memory.
+of image_data.json. 20,000 images with a million regions took 0.76 GB of memory.
 """
 
 from __future__ import annotations
