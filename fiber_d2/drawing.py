@@ -35,8 +35,8 @@ def draw_record(
     image_rgb: np.ndarray,
     gt_boxes: np.ndarray,
     gt_words: Words,
-    pred_boxes: np.ndarray,
-    pred_words: Words,
+    pred_boxes: np.ndarray | None = None,
+    pred_words: Words = (),
     pred_scores: Sequence[float] | None = None,
     *,
     caption: str = "",
@@ -48,7 +48,8 @@ def draw_record(
 
     Args:
         image_rgb: uint8 ``(H, W, 3)``.
-        gt_boxes, pred_boxes: ``(N, 4)`` and ``(M, 4)`` XYXY in pixels of ``image_rgb``.
+        gt_boxes, pred_boxes: ``(N, 4)`` and ``(M, 4)`` XYXY in pixels of ``image_rgb``. Without
+            ``pred_boxes`` there is only the ground truth.
         gt_words, pred_words: N and M texts.
         pred_scores: M scores, written behind the words.
         caption: what was asked for, at most three lines of it.
@@ -61,8 +62,7 @@ def draw_record(
         ValueError: where the numbers of boxes, words and scores differ.
     """
     gt_boxes = np.asarray(gt_boxes, dtype=np.float64).reshape(-1, 4)
-    pred_boxes = np.asarray(pred_boxes, dtype=np.float64).reshape(-1, 4)
-    counts = {len(pred_boxes), len(pred_words)}
+    counts = {len(pred_words), 0 if pred_boxes is None else len(pred_boxes)}
     if pred_scores is not None:
         counts.add(len(pred_scores))
     if len(gt_boxes) != len(gt_words) or len(counts) != 1:
@@ -74,11 +74,18 @@ def draw_record(
     }
     scale = panel_side / max(image_rgb.shape[:2])
     panel = _fit(image_rgb, panel_side)
-    scores = None if pred_scores is None else [f"{score:.2f}" for score in pred_scores]
-    left = _draw_panel(panel, gt_boxes * scale, gt_words, None, colors)
-    right = _draw_panel(panel, pred_boxes * scale, pred_words, scores, colors)
-    titles = (f"ground truth ({len(gt_boxes)})", f"predicted ({len(pred_boxes)})")
-    return _compose(left, right, titles, caption)
+    halves = {
+        f"ground truth ({len(gt_boxes)})": _draw_panel(
+            panel, gt_boxes * scale, gt_words, None, colors
+        )
+    }
+    if pred_boxes is not None:
+        pred_boxes = np.asarray(pred_boxes, dtype=np.float64).reshape(-1, 4)
+        scores = None if pred_scores is None else [f"{score:.2f}" for score in pred_scores]
+        halves[f"predicted ({len(pred_boxes)})"] = _draw_panel(
+            panel, pred_boxes * scale, pred_words, scores, colors
+        )
+    return _compose(halves, caption)
 
 
 def contact_sheet(
@@ -209,12 +216,10 @@ def _label_spot(
     return spots[np.argmin(covered + moved + np.arange(len(spots)))]
 
 
-def _compose(
-    left: np.ndarray, right: np.ndarray, titles: tuple[str, str], caption: str
-) -> np.ndarray:
-    """Both halves on white paper, under the caption and a title each."""
-    height, width = left.shape[:2]
-    total = 2 * width + 3 * _MARGIN
+def _compose(panels: Mapping[str, np.ndarray], caption: str) -> np.ndarray:
+    """Panels of one size side by side on white paper, under the caption and a title each."""
+    height, width = next(iter(panels.values())).shape[:2]
+    total = len(panels) * (width + _MARGIN) + _MARGIN
     font, title_font = _font(_CAPTION_SIZE), _font(_TITLE_SIZE)
     lines = _wrap(caption, font, total - 2 * _MARGIN, max_lines=3)
     line_height = round(_CAPTION_SIZE * 1.35)
@@ -224,7 +229,8 @@ def _compose(
     pen = ImageDraw.Draw(paper)
     for index, line in enumerate(lines):
         pen.text((_MARGIN, _MARGIN - 2 + index * line_height), line, fill=_INK, font=font)
-    for panel, title, x in zip((left, right), titles, (_MARGIN, width + 2 * _MARGIN)):
+    for number, (title, panel) in enumerate(panels.items()):
+        x = _MARGIN + number * (width + _MARGIN)
         pen.text((x, title_top), title, fill=_PALE_INK, font=title_font)
         paper.paste(Image.fromarray(panel), (x, top))
     return np.asarray(paper)

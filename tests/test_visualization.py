@@ -140,6 +140,18 @@ def test_boxes_are_drawn_on_their_side_where_they_belong():
         assert y1 < 40 * 4.48  # the label stands above the box
 
 
+def test_ground_truth_alone():
+    image = np.full((60, 80, 3), 90, np.uint8)
+    both = draw_record(image, [[5, 5, 40, 40]], ["a cat"], [], [])
+    alone = draw_record(image, [[5, 5, 40, 40]], ["a cat"])
+    height, width = alone.shape[:2]
+    assert both.shape[0] == height and both.shape[1] > 1.9 * width
+    # The same half, but for the margin at its right.
+    np.testing.assert_array_equal(alone[:, : width - 20], both[:, : width - 20])
+    with pytest.raises(ValueError, match="its words"):
+        draw_record(image, [], [], pred_words=["a cat"])
+
+
 def test_same_words_have_the_same_colour_on_both_sides():
     image = np.full((64, 64, 3), 90, np.uint8)
     boxes = [[4, 20, 28, 60], [34, 20, 60, 60]]

@@ -232,7 +232,10 @@ def _lvis_file_name(image: Mapping[str, Any], json_file: str) -> str:
     if not url:
         require(image, ("file_name",), "image", json_file)
         return image["file_name"]
-    parts = urlsplit(url).path.split("/") if isinstance(url, str) else []
+    try:
+        parts = urlsplit(url).path.split("/") if isinstance(url, str) else []
+    except ValueError:  # brackets that hold no address
+        parts = []
     if len(parts) < 2 or not all(parts[-2:]):
         raise ValueError(
             f"The image {image['id']!r} of {json_file} has the coco_url {url!r}, which does not "

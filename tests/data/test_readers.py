@@ -246,6 +246,7 @@ def test_lvis_without_urls(coco):
         ("../..", "leads out of"),
         ("http://x/train2017/", "does not end in a folder and a file"),
         ("http://x//passwd", "does not end in a folder and a file"),
+        ("http://[a/train2017/0.jpg", "does not end in a folder and a file"),
         ("passwd", "does not end in a folder and a file"),
         (7, "does not end in a folder and a file"),
     ],
@@ -378,6 +379,9 @@ BAD_DETECTION = {
     "annotation 4 .* category id None": lambda c: change(c, "annotations", 3, category_id=None),
     "annotation 4 .* bbox .*'5'": lambda c: change(c, "annotations", 3, bbox=[1, 1, 5, "5"]),
     "annotation 4 .* bbox .*nan": lambda c: change(c, "annotations", 3, bbox=[1, 1, 5, NAN]),
+    "annotation 4 .* bbox .*10000000": lambda c: change(
+        c, "annotations", 3, bbox=[1, 1, 5, 10**400]
+    ),
     "annotation lacks image_id": lambda c: c["annotations"].append("text"),
     "category 9 with the name 7|category 9.*name 7": lambda c: change(c, "categories", 2, name=7),
 }
