@@ -31,7 +31,7 @@ from .records import (
     wider_than_high,
 )
 from .resampling import image_classes, repeat_factors
-from .samplers import TrainingBatchSampler, TrainingStream
+from .samplers import TrainingBatchSampler, TrainingStream, Weights
 from .training_set import TrainingSet
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def build_train_loader(
     augmentations: Augmentations,
     total_batch_size: int,
     num_workers: int = 2,
-    weights: Sequence[float] | None = None,
+    weights: Weights | None = None,
     repeats: Sequence[int] | None = None,
     repeat_threshold: float | None = None,
     few_shot: int = 0,
@@ -76,7 +76,8 @@ def build_train_loader(
         augmentations: Detectron2 augmentations.
         total_batch_size: images per step over all processes.
         num_workers: loading processes of each training process.
-        weights: share of draws of each data set; None draws all images equally often.
+        weights: share of draws of each data set, or several such lists by the step from which on
+            they hold (``{0: [1, 1], 500: [1, 3]}``); None draws all images equally often.
         repeats: how many times each data set is shown in a pass; by default once.
         repeat_threshold: of LVIS's repeat factors, which show images of rare classes more often
             (see :func:`~fiber_d2.data.resampling.repeat_factors`); for detection data.
@@ -155,6 +156,8 @@ def build_train_loader(
             repeat_factors(image_classes(records), repeat_threshold) if resampled else None
         )
         mapped.append(MapDataset(lean_dataset(records), mapper))
+    if isinstance(weights, Mapping):
+        weights = {step * total_batch_size: shares for step, shares in weights.items()}
     stream = TrainingStream(
         [len(part) for part in mapped],
         weights=weights,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Union
 
 import numpy as np
 from detectron2.utils import comm
 from torch.utils.data import Sampler
+
+Weights = Union[Sequence[float], Mapping[int, Sequence[float]]]
 
 # Draws that are made at once.
 _BLOCK = 4096
@@ -28,8 +31,9 @@ class TrainingStream:
 
     Args:
         sizes: number of images of each data set.
-        weights: share of draws of each data set (of any sum). Each data set then runs through
-            shuffled passes of its own. None shuffles all images together.
+        weights: share of draws of each data set (of any sum); or several such lists by the
+            position from which on they hold, the first one from 0. Each data set then runs
+            through shuffled passes of its own. None shuffles all images together.
         repeats: how many times each data set is shown in a pass, at least 1. By default once.
         repeat_factors: for each data set None, or how often each of its images is shown in a pass
             (see :mod:`fiber_d2.data.resampling`). A factor of 1.3 is once in 70 % of the passes
@@ -49,7 +53,7 @@ class TrainingStream:
         self,
         sizes: Sequence[int],
         *,
-        weights: Sequence[float] | None = None,
+        weights: Weights | None = None,
         repeats: Sequence[int] | None = None,
         repeat_factors: Sequence[Sequence[float] | np.ndarray | None] | None = None,
         shuffle: bool = True,
@@ -61,16 +65,12 @@ class TrainingStream:
             raise ValueError(f"The seed of the training stream must not be negative, not {seed}.")
         factors = _all_factors(sizes, repeats, repeat_factors)
         if weights is None:
-            self.sizes, self.shares = [sum(sizes)], np.ones(1)
+            self.sizes = [sum(sizes)]
             factors = [None if factors is None else np.concatenate(factors)]
         else:
-            self.sizes, self.shares = list(sizes), np.array(list(weights), dtype=float)
-            if len(weights) != len(sizes):
-                raise ValueError(f"There are {len(weights)} weights for {len(sizes)} data sets.")
-            if not np.isfinite(self.shares).all() or self.shares.min() < 0 or not self.shares.sum():
-                raise ValueError(f"Weights must be >= 0 with one above, not {list(weights)}.")
+            self.sizes = list(sizes)
+            self._changes, self._bounds = _weight_schedule(weights, len(sizes))
             factors = [None] * len(sizes) if factors is None else factors
-        self.shares = self.shares / self.shares.sum()
         self.starts = np.cumsum([0, *self.sizes[:-1]])
         self.shuffle = shuffle
         self.seed = seed
@@ -81,8 +81,10 @@ class TrainingStream:
         self.images_per_pass = [passes.mean_length for passes in self._passes]
 
     def _sources(self, block: int) -> np.ndarray:
-        generator = np.random.default_rng([self.seed, _CHOICE, block])
-        return generator.choice(len(self.sizes), size=_BLOCK, p=self.shares)
+        draws = np.random.default_rng([self.seed, _CHOICE, block]).random(_BLOCK)
+        positions = np.arange(block * _BLOCK, (block + 1) * _BLOCK)
+        bounds = self._bounds[np.searchsorted(self._changes, positions, side="right") - 1]
+        return (draws[:, None] >= bounds).sum(axis=1)
 
     def blocks(self, position: int) -> Iterator[np.ndarray]:
         """The indices from ``position`` of the stream on, int64 arrays of at most 4096."""
@@ -176,6 +178,24 @@ class _Passes:
         times = np.empty(self.size, dtype=np.int64)
         times[shuffled] = np.diff(ends >> _FACTOR_BITS, prepend=0)
         return np.repeat(np.arange(self.size), times)
+
+
+def _weight_schedule(weights: Weights, num_sets: int) -> tuple[np.ndarray, np.ndarray]:
+    """From which positions on (S,), and up to which draws of 0..1 (S, sets) each set is taken."""
+    by_position = dict(weights) if isinstance(weights, Mapping) else {0: weights}
+    positions = sorted(by_position)
+    if not positions or positions[0] != 0:
+        raise ValueError(f"The first weights must hold from 0 on; they are given for {positions}.")
+    bounds = np.empty((len(positions), num_sets))
+    for row, position in enumerate(positions):
+        own = np.array(list(by_position[position]), dtype=float)
+        if len(own) != num_sets:
+            raise ValueError(f"There are {len(own)} weights for {num_sets} data sets.")
+        if not np.isfinite(own).all() or own.min() < 0 or not own.sum():
+            raise ValueError(f"Weights must be >= 0 with one above, not {own.tolist()}.")
+        bounds[row] = (own / own.sum()).cumsum()
+        bounds[row] /= bounds[row, -1]
+    return np.array(positions, dtype=np.int64), bounds
 
 
 def _all_factors(

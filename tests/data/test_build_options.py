@@ -44,6 +44,16 @@ def test_repeats_show_a_data_set_more_often(names):
     assert captions == {False: 3 * usable, True: usable}
 
 
+def test_weights_change_at_a_step(names):
+    loader = train_loader(
+        ["tiny_detection", "tiny_grounding"],
+        total_batch_size=2,
+        weights={0: [1, 0], 3: [0, 1]},
+    )
+    captions = ["caption" in item for item in first(loader, 5)]
+    assert captions == [False] * 6 + [True] * 4
+
+
 def test_images_of_rare_classes_are_shown_more_often(names):
     plain = image_counts(train_loader(["tiny_detection"]), 50)
     assert set(plain.values()) == {10}

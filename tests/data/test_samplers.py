@@ -103,6 +103,9 @@ def test_positions_number_the_stream():
         ({"sizes": [3, 4], "weights": [1]}, "1 weights for 2"),
         ({"sizes": [3, 4], "weights": [0, 0]}, "one above"),
         ({"sizes": [3, 4], "weights": [1, -1]}, ">= 0"),
+        ({"sizes": [3, 4], "weights": {5: [1, 1]}}, r"from 0 on; they are given for \[5\]"),
+        ({"sizes": [3, 4], "weights": {}}, "from 0 on"),
+        ({"sizes": [3, 4], "weights": {0: [1, 1], 9: [1]}}, "1 weights for 2"),
         ({"sizes": [3], "seed": -1}, "seed"),
         ({"sizes": [3, 4], "repeats": [1]}, "1 repeats"),
         ({"sizes": [3], "repeats": [0]}, "at least 1"),
@@ -148,6 +151,20 @@ def plain_stream(sizes, weights, shuffle, seed):
                 order = np.random.default_rng([seed, 0, source, number]).permutation(order)
             drawn[source] += 1
             yield int(starts[source] + order[within])
+
+
+def test_weights_change_where_they_are_told_to():
+    change = _BLOCK + 1000
+    stream = TrainingStream([5, 6], weights={0: [1, 1], change: [0, 1], change + 50: [1, 0]})
+    drawn = np.array(take(stream, 2 * _BLOCK))
+    constant = np.array(take(TrainingStream([5, 6], weights=[2, 2]), change))
+    np.testing.assert_array_equal(drawn[:change], constant)
+    assert (drawn[change : change + 50] >= 5).all() and (drawn[change + 50 :] < 5).all()
+    # Passes go on where the change found them, and every entrance leads to the same images.
+    own = drawn[drawn < 5]
+    assert all(sorted(own[i : i + 5]) == list(range(5)) for i in range(0, len(own) - 4, 5))
+    for position in (1, _BLOCK - 1, change - 1, change + 1, change + 60):
+        assert take(stream, 200, position) == drawn[position : position + 200].tolist()
 
 
 @pytest.mark.parametrize("weights", [None, [1, 2, 0.5]])
