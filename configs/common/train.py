@@ -17,8 +17,16 @@ train = dict(
     clip_grad=None,
     # Negative draws one.
     seed=0,
-    # Test images drawn per data set.
+    # Test images drawn per data set: the first ones ("spread"), or so many of the best and so many
+    # of the worst ("best_worst", as the option --vis).
     pictures=12,
+    pictures_of="spread",
+    # Check prompts and ground truth of the test sets before computing.
+    self_check=True,
+    # Go on from the predictions of an interrupted evaluation (the option --resume-eval).
+    resume_eval=False,
+    # Test-time augmentation: a node that lacks only the model, such as configs/common/tta.py's.
+    tta=None,
     # CPU threads of each process; None leaves it to torch.
     threads=None,
 )

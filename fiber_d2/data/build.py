@@ -193,6 +193,7 @@ def build_test_loader(
     separator: str = ". ",
     templates: Templates | None = None,
     dataset_prompts: bool = True,
+    mirrored_prompt: bool = False,
     image_format: str = "BGR",
 ) -> DataLoader:
     """A loader that shows each image of a data set once, each process its share.
@@ -210,6 +211,7 @@ def build_test_loader(
         max_classes: limit of the classes of one detection caption.
         separator, templates: as of :func:`~fiber_d2.text.build_detection_prompts`.
         dataset_prompts: without templates, take those that the data set brings along, if any.
+        mirrored_prompt: see :class:`~fiber_d2.data.mapper.FiberDatasetMapper`.
         image_format: channel order.
 
     Returns:
@@ -230,7 +232,11 @@ def build_test_loader(
         dataset_prompts=dataset_prompts,
     )
     mapper = FiberDatasetMapper(
-        is_train=False, prompter=prompter, augmentations=augmentations, image_format=image_format
+        is_train=False,
+        prompter=prompter,
+        augmentations=augmentations,
+        image_format=image_format,
+        mirrored_prompt=mirrored_prompt,
     )
     check_dataset(records, mapper, dataset)
     return DataLoader(

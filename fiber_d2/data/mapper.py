@@ -95,9 +95,14 @@ class GroundingPrompter:
         return prompt, [row_of[target] for target in per_annotation]
 
     def for_evaluation(self, record: dict[str, Any]) -> Prompt:
-        """Targets are the phrases of ``tokens_positive_eval``; without it, as in training."""
+        """Targets are the phrases of ``tokens_positive_eval``; without it, as in training.
+
+        An expression that nothing in the image fits is asked for all the same.
+        """
         if "tokens_positive_eval" in record:
             return self._prompt(record["caption"], record["tokens_positive_eval"])
+        if self.whole_caption and not record.get("annotations"):
+            record = {**record, "annotations": [{}]}
         return self.for_training(record)[0]
 
     def check(self, record: dict[str, Any], *, is_train: bool) -> None:
@@ -121,6 +126,8 @@ class FiberDatasetMapper:
         augmentations: Detectron2 augmentations.
         image_format: channel order of the image, ``"BGR"`` or ``"RGB"``.
         swap_left_right: whether step 3 is done. Class names are never changed.
+        mirrored_prompt: in evaluation, add the prompt of the mirrored image as well, where left
+            and right make it another one; for test-time augmentation.
     """
 
     def __init__(
@@ -131,12 +138,14 @@ class FiberDatasetMapper:
         augmentations: Augmentations,
         image_format: str = "BGR",
         swap_left_right: bool = True,
+        mirrored_prompt: bool = False,
     ) -> None:
         self.is_train = is_train
         self.prompter = prompter
         self.augmentations = T.AugmentationList(list(augmentations))
         self.image_format = image_format
         self.swap_left_right = swap_left_right
+        self.mirrored_prompt = mirrored_prompt
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """
@@ -167,6 +176,10 @@ class FiberDatasetMapper:
             self._add_targets(record, transforms, image.shape[:2])
         else:
             record["prompt"] = _named(record, self.prompter.for_evaluation)
+            if self.mirrored_prompt:
+                mirrored = _mirrored(record)
+                if mirrored is not None:
+                    record["mirrored_prompt"] = _named(mirrored, self.prompter.for_evaluation)
         record.pop("annotations", None)
         record.pop("tokens_positive_eval", None)
         return record
@@ -175,10 +188,9 @@ class FiberDatasetMapper:
         """Make the record's prompt without reading its image, for what that raises."""
         check = partial(self.prompter.check, is_train=self.is_train)
         _named(record, check)
-        if self.is_train and self.swap_left_right and "caption" in record:
-            mirrored = copy.deepcopy(record)
-            mirror_caption(mirrored)
-            if mirrored["caption"] != record["caption"]:
+        if self.swap_left_right if self.is_train else self.mirrored_prompt:
+            mirrored = _mirrored(record)
+            if mirrored is not None:
                 _named(mirrored, check)
 
     def _add_targets(
@@ -205,6 +217,16 @@ class FiberDatasetMapper:
         instances.gt_positive_map = prompt.positive_map[index] > 0
         record["prompt"] = prompt
         record["instances"] = instances[instances.gt_boxes.nonempty()]
+
+
+def _mirrored(record: dict[str, Any]) -> dict[str, Any] | None:
+    """What is said of the mirrored image; None where that is the same."""
+    if "caption" not in record:
+        return None
+    keys = ("image_id", "caption", "annotations", "tokens_positive_eval")
+    mirrored = copy.deepcopy({key: record[key] for key in keys if key in record})
+    mirror_caption(mirrored)
+    return mirrored if mirrored["caption"] != record["caption"] else None
 
 
 def _named(record: dict[str, Any], make: Callable[[dict[str, Any]], Any]) -> Any:

@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fiber_d2.data import build_test_loader, build_train_loader
 from fiber_d2.evaluation import build_evaluator
 
 from .checkpointer import FiberCheckpointer
-from .evaluate import TestSet, evaluate_test_sets
+from .evaluate import EvaluationOptions, TestSet, check_test_sets, evaluate_test_sets
 from .hooks import CheckpointHook, EvaluationHook, TrainingClock, build_writers
 from .optimizer import get_param_groups
 from .step import StepTrainer, choose_amp_dtype, name_the_iteration
@@ -43,7 +44,7 @@ class FiberTrainer(DefaultTrainer):
     Works without a GPU, in one process or several, with mixed precision or without.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, options: EvaluationOptions | None = None) -> None:
         # Not DefaultTrainer's own constructor: in Detectron2 0.6 it needs GPUs for mixed
         # precision, and its training loader cannot start in the middle.
         TrainerBase.__init__(self)
@@ -63,6 +64,7 @@ class FiberTrainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self._options = options or EvaluationOptions(pictures=PICTURES)
         self._random_states: list[Any] = []
         self.register_hooks(self.build_hooks())
 
@@ -76,13 +78,15 @@ class FiberTrainer(DefaultTrainer):
     def build_hooks(self) -> list[Any]:
         cfg = self.cfg
         test_sets = self.build_test_sets(cfg)
+        if self._options.self_check:
+            check_test_sets(test_sets)
 
         def evaluate() -> dict[str, Any]:
             self._last_eval_results = evaluate_test_sets(
                 self.model,
                 test_sets,
                 output_dir=cfg.OUTPUT_DIR,
-                pictures=PICTURES,
+                options=self._options,
                 checkpoint=f"{cfg.OUTPUT_DIR}, iteration {self.iter}",
                 storage=self.storage,
             )
@@ -190,13 +194,30 @@ class FiberTrainer(DefaultTrainer):
                 cls.build_test_loader(cfg, name),
                 cls.build_evaluator(cfg, name),
                 cfg.FIBER.TOKENIZER,
+                {
+                    "tokenizer": cfg.FIBER.TOKENIZER,
+                    "max_tokens": cfg.FIBER.MAX_TOKENS,
+                    "separator": cfg.FIBER.SEPARATOR,
+                    "dataset_prompts": True,
+                    "image_format": cfg.INPUT.FORMAT,
+                    "augmentations": [str(x) for x in build_augmentation(cfg, is_train=False)],
+                },
             )
             for name in cfg.DATASETS.TEST
         ]
 
     @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: Any = None,
+        *,
+        options: EvaluationOptions | None = None,
+        resumable: bool = False,
+    ) -> dict[str, Any]:
         """Per data set of ``DATASETS.TEST`` the results, in the main process."""
+        options = options or EvaluationOptions(pictures=PICTURES)
         test_sets = cls.build_test_sets(cfg)
         if evaluators is not None:
             evaluators = [evaluators] if isinstance(evaluators, DatasetEvaluator) else evaluators
@@ -206,31 +227,41 @@ class FiberTrainer(DefaultTrainer):
                     "DATASETS.TEST: give one for each."
                 )
             test_sets = [
-                TestSet(known.name, known.loader, evaluator, known.tokenizer)
+                replace(known, evaluator=evaluator)
                 for known, evaluator in zip(test_sets, evaluators)
             ]
+        if options.self_check:
+            check_test_sets(test_sets)
         return evaluate_test_sets(
             model,
             test_sets,
             output_dir=cfg.OUTPUT_DIR,
-            pictures=PICTURES,
+            options=options,
             checkpoint=cfg.MODEL.WEIGHTS,
+            resumable=resumable,
         )
 
 
-def run_cfg_node(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> None:
+def run_cfg_node(
+    cfg: CfgNode,
+    *,
+    resume: bool = False,
+    eval_only: bool = False,
+    options: EvaluationOptions | None = None,
+) -> None:
     """The whole program for a CfgNode, in each of its processes.
 
     Args:
         resume: continue from the last checkpoint in ``OUTPUT_DIR`` where there is one.
         eval_only: evaluate ``MODEL.WEIGHTS`` (with ``resume`` the last checkpoint).
+        options: of evaluations; None for the defaults with pictures.
     """
     set_up(cfg.OUTPUT_DIR, seed=cfg.SEED)
     if comm.is_main_process():
         with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
             file.write(cfg.dump())
     if not eval_only:
-        trainer = FiberTrainer(cfg)
+        trainer = FiberTrainer(cfg, options)
         trainer.resume_or_load(resume=resume)
         trainer.train()
         return
@@ -240,4 +271,4 @@ def run_cfg_node(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False)
     if not cfg.MODEL.WEIGHTS and not resume:
         logger.warning("No checkpoint is given (MODEL.WEIGHTS): weights are random.")
     FiberCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    FiberTrainer.test(cfg, model)
+    FiberTrainer.test(cfg, model, options=options, resumable=True)

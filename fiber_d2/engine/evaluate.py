@@ -5,23 +5,34 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from detectron2.config import instantiate
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, inference_on_dataset
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fiber_d2.evaluation.self_check import self_check
+from fiber_d2.evaluation.settings import without_nan
+
 from .checkpointer import write_atomically
 from .errors import RunError
-from .pictures import make_picture_evaluators, write_overview
+from .inference import is_resumable, run_inference
+from .partial import SavedPredictions
+from .pictures import SPREAD, PictureEvaluator, make_picture_evaluators, write_overview
+from .protocol import (
+    describe_evaluation,
+    describe_node,
+    fingerprint_of,
+    log_protocol,
+    weights_digest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +48,7 @@ class TestSet:
         loader: batches of model inputs; has a length.
         evaluator: of the data set.
         tokenizer: name of the tokenizer of its prompts, for the words in pictures.
+        settings: how the loader words prompts and scales images, as JSON values; only noted down.
     """
 
     __test__ = False  # not a test class, whatever its name looks like to pytest
@@ -45,6 +57,34 @@ class TestSet:
     loader: Iterable[Batch]
     evaluator: DatasetEvaluator
     tokenizer: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What accompanies an evaluation.
+
+    Attributes:
+        pictures: images drawn per test set.
+        pictures_of: "spread": the first ones; "best_worst": so many of the best and of the worst.
+        self_check: whether the data are checked first, see ``fiber_d2.evaluation.self_check``.
+        resume: go on from the predictions that an interrupted evaluation has saved.
+    """
+
+    pictures: int = 0
+    pictures_of: str = SPREAD
+    self_check: bool = True
+    resume: bool = False
+
+    @classmethod
+    def of(cls, train: Mapping[str, Any]) -> EvaluationOptions:
+        """The options in the node ``train`` of a LazyConfig."""
+        return cls(
+            pictures=train.get("pictures", 0),
+            pictures_of=train.get("pictures_of", SPREAD),
+            self_check=train.get("self_check", True),
+            resume=train.get("resume_eval", False),
+        )
 
 
 def build_test_sets(cfg: DictConfig) -> list[TestSet]:
@@ -67,9 +107,30 @@ def build_test_sets(cfg: DictConfig) -> list[TestSet]:
         if evaluator.get("output_dir") is None:
             evaluator.output_dir = os.path.join(cfg.train.output_dir, "inference")
         test_sets.append(
-            TestSet(name, instantiate(node), instantiate(evaluator), node.get("tokenizer", ""))
+            TestSet(
+                name,
+                instantiate(node),
+                instantiate(evaluator),
+                node.get("tokenizer", ""),
+                describe_node(node),
+            )
         )
     return test_sets
+
+
+def check_test_sets(test_sets: Sequence[TestSet]) -> None:
+    """Check prompts and ground truth of each test set before anything is computed.
+
+    Raises:
+        ValueError: names the data set and what is wrong with it.
+    """
+    for test_set in test_sets:
+        self_check(
+            test_set.name,
+            test_set.evaluator,
+            dataset=getattr(test_set.loader, "dataset", None),
+            max_tokens=test_set.settings.get("max_tokens"),
+        )
 
 
 def do_test(
@@ -78,16 +139,32 @@ def do_test(
     *,
     test_sets: Sequence[TestSet] | None = None,
     checkpoint: str = "",
+    weights: str = "model",
     storage: EventStorage | None = None,
+    resumable: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate ``model`` on every test set of a LazyConfig; see :func:`evaluate_test_sets`."""
+    """Evaluate ``model`` on every test set of a LazyConfig; see :func:`evaluate_test_sets`.
+
+    Where there is a node ``train.tta``, which lacks only ``model``, what it makes of the model is
+    evaluated instead: test-time augmentation.
+    """
+    notes: dict[str, Any] = {}
+    node = cfg.train.get("tta")
+    if node:
+        notes["test_time_augmentation"] = {"class": str(node["_target_"]), **describe_node(node)}
+        node = copy.deepcopy(node)
+        node.model = model.module if isinstance(model, DistributedDataParallel) else model
+        model = instantiate(node)
     return evaluate_test_sets(
         model,
         build_test_sets(cfg) if test_sets is None else test_sets,
         output_dir=cfg.train.output_dir,
-        pictures=cfg.train.get("pictures", 0),
+        options=EvaluationOptions.of(cfg.train),
         checkpoint=checkpoint or cfg.train.init_checkpoint,
+        weights=weights,
         storage=storage,
+        notes=notes,
+        resumable=resumable,
     )
 
 
@@ -96,109 +173,158 @@ def evaluate_test_sets(
     test_sets: Sequence[TestSet],
     *,
     output_dir: str,
-    pictures: int = 0,
+    options: EvaluationOptions | None = None,
     checkpoint: str = "",
+    weights: str = "model",
     storage: EventStorage | None = None,
+    notes: Mapping[str, Any] | None = None,
+    resumable: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate ``model`` on each test set; all processes take part.
 
     Writes ``<output_dir>/inference/<data set>/results.json``: numbers, and the protocol they were
     obtained by. Pictures go to ``<output_dir>/pictures/<data set>/``, with a contact
-    sheet of each set, and one of all sets above them.
+    sheet of each set, and one of all sets above them; TensorBoard gets the sheets of the sets.
 
     Args:
-        pictures: images drawn per test set.
+        options: pictures (by default none), and whether to go on from saved predictions. Nothing
+            is checked here, see :func:`check_test_sets`.
         checkpoint: where the weights are from; only noted down.
+        weights: their kind, such as "model" or "EMA"; only noted down.
         storage: of a running training, gets the contact sheets for TensorBoard.
+        notes: further entries of the protocol.
+        resumable: save predictions while they are made, so that Ctrl-C (or a crash) loses none
+            and a later call with ``options.resume`` goes on. They are deleted at the end.
 
     Returns:
         Per data set the results of its evaluator; empty in all processes but the main one.
 
     Raises:
+        EvaluationInterrupted: Ctrl-C, where ``resumable``.
         RunError: something broke while images were evaluated.
+        ValueError: saved predictions belong to another evaluation.
     """
     if isinstance(model, DistributedDataParallel):
         # Processes have different numbers of batches: nothing may wait for the others in between.
         model = model.module
-    results: dict[str, dict[str, Any]] = {}
-    all_drawn = []
-    for number, test_set in enumerate(test_sets, start=1):
-        logger.info("Evaluating %s (%d of %d)", test_set.name, number, len(test_sets))
-        drawn = make_picture_evaluators(
-            test_set.name, test_set.tokenizer, output_dir=output_dir, limit=pictures
+    options = options or EvaluationOptions()
+
+    def protocol_of(test_set: TestSet, prompts: Any) -> dict[str, Any]:
+        return describe_evaluation(
+            dataset=test_set.name,
+            evaluator=test_set.evaluator,
+            model=model,
+            loader_settings=test_set.settings,
+            prompts=prompts,
+            num_images=_num_images(test_set.loader),
+            checkpoint=checkpoint,
+            weights=weights,
+            notes=notes or {},
         )
-        all_drawn.extend(drawn)
-        first = FirstCaption()
-        try:
-            found = inference_on_dataset(
-                model, test_set.loader, DatasetEvaluators([test_set.evaluator, first, *drawn])
+
+    saved: dict[str, SavedPredictions] = {}
+    if resumable:
+        digest = weights_digest(model)
+        for test_set in filter(_is_resumable, test_sets):
+            # All of them now: what is refused must not be refused after hours.
+            protocol = protocol_of(test_set, test_set.loader.dataset[0].get("prompt"))
+            saved[test_set.name] = SavedPredictions(
+                _folder(output_dir, test_set),
+                fingerprint_of(protocol, digest),
+                resume=options.resume,
             )
-        except Exception as error:
-            raise RunError(
-                f"Evaluation of {test_set.name} stopped: {type(error).__name__}: {error}"
-            ) from error
-        if not comm.is_main_process():
-            continue
-        results[test_set.name] = dict(found)
-        _write_results(test_set, found, first.caption, output_dir, checkpoint)
-        if storage is not None:
-            for pictured in drawn:
-                pictured.show(storage, f"{test_set.name}/pictures")
+    results: dict[str, dict[str, Any]] = {}
+    all_drawn: list[PictureEvaluator] = []
+    try:
+        for number, test_set in enumerate(test_sets, start=1):
+            logger.info("Evaluating %s (%d of %d)", test_set.name, number, len(test_sets))
+            drawn = make_picture_evaluators(
+                test_set.name,
+                test_set.tokenizer,
+                output_dir=output_dir,
+                limit=options.pictures,
+                kind=options.pictures_of,
+            )
+            all_drawn += drawn
+            first = FirstPrompts()
+            evaluators = DatasetEvaluators([test_set.evaluator, first, *drawn])
+            found = _infer(model, test_set, evaluators, saved.get(test_set.name))
+            if comm.is_main_process():
+                results[test_set.name] = found
+                _write_results(output_dir, test_set, protocol_of(test_set, first.prompts), found)
+                _show(drawn, test_set, output_dir, storage)
+    finally:
+        for predictions in saved.values():
+            predictions.close()
     write_overview(output_dir, all_drawn)
+    comm.synchronize()
+    if comm.is_main_process():
+        # Not before: of several test sets those that are done need not be done again.
+        for predictions in saved.values():
+            predictions.discard()
     return results
 
 
-class FirstCaption(DatasetEvaluator):
-    """Remembers the prompt of the first image: part of the protocol of a number."""
-
-    def reset(self) -> None:
-        self.caption = ""
-
-    def process(self, inputs: Batch, outputs: Sequence[Mapping[str, Any]]) -> None:
-        if not self.caption:
-            prompt = inputs[0]["prompt"]
-            prompts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
-            self.caption = " | ".join(part.text for part in prompts)
+def _infer(
+    model: nn.Module,
+    test_set: TestSet,
+    evaluators: DatasetEvaluators,
+    saved: SavedPredictions | None,
+) -> dict[str, Any]:
+    try:
+        return dict(run_inference(model, test_set.loader, evaluators, saved=saved))
+    except Exception as error:
+        raise RunError(
+            f"Evaluation of {test_set.name} stopped: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _write_results(
-    test_set: TestSet,
-    results: Mapping[str, Any],
-    caption: str,
-    output_dir: str,
-    checkpoint: str,
+    output_dir: str, test_set: TestSet, protocol: Mapping[str, Any], found: Mapping[str, Any]
 ) -> None:
-    evaluator = test_set.evaluator
-    content = {
-        "protocol": {
-            "dataset": test_set.name,
-            "evaluator": f"{type(evaluator).__module__}.{type(evaluator).__qualname__}",
-            "settings": _plain_settings(evaluator),
-            "caption_of_first_image": caption,
-            "checkpoint": checkpoint,
-        },
-        "results": _without_nan(results),
-    }
-    path = os.path.join(output_dir, "inference", test_set.name, "results.json")
-    text = json.dumps(content, indent=2) + "\n"
+    log_protocol(protocol)
+    path = os.path.join(_folder(output_dir, test_set), "results.json")
+    text = json.dumps({"protocol": protocol, "results": without_nan(found)}, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+    logger.info("Results and protocol: %s", path)
 
 
-def _plain_settings(evaluator: DatasetEvaluator) -> dict[str, Any]:
-    """The numbers, names and switches an evaluator holds: thresholds, top-k, protocol."""
-    plain = (bool, int, float, str)
-    return {
-        name.lstrip("_"): value
-        for name, value in vars(evaluator).items()
-        if isinstance(value, plain)
-        or (isinstance(value, (tuple, list)) and value and all(isinstance(x, plain) for x in value))
-    }
+def _show(
+    drawn: Sequence[PictureEvaluator],
+    test_set: TestSet,
+    output_dir: str,
+    storage: EventStorage | None,
+) -> None:
+    for pictures in drawn:
+        name = f"{test_set.name}/pictures"
+        if storage is not None:
+            pictures.show(storage, name)
+        else:
+            pictures.log_to(os.path.join(output_dir, "tensorboard"), name)
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON knows no NaN: a category without ground truth has no score."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
+class FirstPrompts(DatasetEvaluator):
+    """Remembers the prompts of the first image: part of the protocol of a number."""
+
+    def reset(self) -> None:
+        self.prompts: Any = None
+
+    def process(self, inputs: Batch, outputs: Sequence[Mapping[str, Any]]) -> None:
+        if self.prompts is None:
+            self.prompts = inputs[0].get("prompt")
+
+
+def _is_resumable(test_set: TestSet) -> bool:
+    return is_resumable(test_set.loader) and bool(_num_images(test_set.loader))
+
+
+def _folder(output_dir: str, test_set: TestSet) -> str:
+    return os.path.join(output_dir, "inference", test_set.name)
+
+
+def _num_images(loader: Iterable[Batch]) -> int | None:
+    """Of all processes together, None where the loader does not tell."""
+    try:
+        return len(loader.dataset)
+    except (AttributeError, TypeError):
         return None
-    return value

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -14,13 +18,21 @@ from omegaconf import DictConfig
 
 import fiber_d2  # noqa: F401 - fills the registries
 
-from .default_trainer import run_cfg_node
+from .default_trainer import PICTURES, run_cfg_node
 from .errors import ErrorReporter
+from .evaluate import EvaluationOptions
+from .inference import EvaluationInterrupted
 from .launch import choose_device, launch
 from .overrides import import_user_modules, load_config
+from .pictures import BEST_WORST, SPREAD
 from .train import run_lazy_config
 
 PROGRAM = "fiber-d2-train"
+
+# What shells report of a program that Ctrl-C ended.
+INTERRUPTED_EXIT_CODE = 130
+# Time to finish the batch at work.
+_GRACE_SECONDS = 60
 
 EPILOG = """examples:
   train_net.py --config-file configs/quickstart.py
@@ -43,15 +55,39 @@ def build_argument_parser() -> argparse.ArgumentParser:
         metavar="MODULE_OR_FILE",
         help="import a module or a .py file that registers data sets; may be repeated",
     )
+    parser.add_argument(
+        "--skip-self-check",
+        action="store_true",
+        help="do not check prompts and ground truth of the test sets before computing",
+    )
+    parser.add_argument(
+        "--vis",
+        type=_count,
+        metavar="N",
+        help="draw the N best and the N worst images of each test set (default: the first ones, "
+        "as train.pictures says)",
+    )
+    parser.add_argument(
+        "--resume-eval",
+        action="store_true",
+        help="with --eval-only: go on from the predictions of an evaluation that was interrupted",
+    )
     parser.set_defaults(dist_url="auto")
     return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program; exits with 2 after a mistake the user can mend, with 1 after a failure."""
     args = build_argument_parser().parse_args(argv)
     reporter = ErrorReporter(PROGRAM, mp.get_context("spawn").Event())
-    with reporter.exit_on_error():
+    with reporter.exit_on_error(), _exit_on_interrupt(args, reporter, parent=True):
         # Before any process starts: most mistakes are here.
         cfg, device, num_processes = prepare(args, reporter)
         try:
@@ -73,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def prepare(args: argparse.Namespace, reporter: ErrorReporter) -> tuple[Any, str, int]:
     """Configuration, device and number of processes of a run."""
+    if args.resume_eval and not args.eval_only:
+        raise ValueError("--resume-eval goes with --eval-only; --resume goes on with a training.")
     import_user_modules(args.imports)
     cfg = load_config(args.config_file, args.opts, on_loaded=reporter.note_output_dir)
     lazy = isinstance(cfg, DictConfig)
@@ -83,6 +121,12 @@ def prepare(args: argparse.Namespace, reporter: ErrorReporter) -> tuple[Any, str
         cfg.train.device = device
         # train.output_dir=1 is a number to the parser of overrides.
         cfg.train.output_dir = str(cfg.train.output_dir)
+        if args.skip_self_check:
+            cfg.train.self_check = False
+        if args.vis is not None:
+            cfg.train.pictures, cfg.train.pictures_of = args.vis, BEST_WORST
+        if args.resume_eval:
+            cfg.train.resume_eval = True
     else:
         cfg.defrost()
         cfg.MODEL.DEVICE = device
@@ -93,10 +137,52 @@ def prepare(args: argparse.Namespace, reporter: ErrorReporter) -> tuple[Any, str
 def run(args: argparse.Namespace, first: Any) -> None:
     """What each process does."""
     reporter = ErrorReporter(PROGRAM, first)
-    with reporter.exit_on_error():
+    with reporter.exit_on_error(), _exit_on_interrupt(args, reporter):
         cfg, _, _ = prepare(args, reporter)
-        program = run_cfg_node if isinstance(cfg, CfgNode) else run_lazy_config
-        program(cfg, resume=args.resume, eval_only=args.eval_only)
+        if isinstance(cfg, CfgNode):
+            options = EvaluationOptions(
+                pictures=PICTURES if args.vis is None else args.vis,
+                pictures_of=SPREAD if args.vis is None else BEST_WORST,
+                self_check=not args.skip_self_check,
+                resume=args.resume_eval,
+            )
+            run_cfg_node(cfg, resume=args.resume, eval_only=args.eval_only, options=options)
+        else:
+            run_lazy_config(cfg, resume=args.resume, eval_only=args.eval_only)
+
+
+@contextmanager
+def _exit_on_interrupt(
+    args: argparse.Namespace, reporter: ErrorReporter, *, parent: bool = False
+) -> Iterator[None]:
+    """After Ctrl-C, one line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if parent:
+            # Without its terminal a program is told alone: its processes have to know.
+            _interrupt_children()
+        if not reporter.first.is_set():
+            reporter.first.set()
+            if isinstance(error, EvaluationInterrupted):
+                hint = str(error)
+            else:
+                option = "--resume-eval" if args.eval_only else "--resume"
+                hint = f"The same command with {option} goes on from what is saved."
+            sys.stderr.write(f"{PROGRAM}: interrupted. {hint}\n")
+            sys.stderr.flush()
+        sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def _interrupt_children() -> None:
+    children = multiprocessing.active_children()
+    for child in children:
+        os.kill(child.pid, signal.SIGINT)
+    for child in children:
+        child.join(_GRACE_SECONDS)
+        if child.is_alive():
+            child.terminate()
+            child.join()
 
 
 if __name__ == "__main__":

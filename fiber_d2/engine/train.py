@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpointer import FiberCheckpointer
-from .evaluate import build_test_sets, do_test
+from .evaluate import build_test_sets, check_test_sets, do_test
 from .hooks import CheckpointHook, EvaluationHook, TrainingClock, build_writers
 from .overrides import takes_argument
 from .randomness import set_random_state
@@ -83,13 +83,16 @@ def run_lazy_config(cfg: DictConfig, *, resume: bool = False, eval_only: bool = 
     ``cfg`` has the nodes ``model``, ``dataloader.{train,test,evaluator}``, ``optimizer``,
     ``lr_multiplier`` and ``train``, and may have ``register`` (a dict of nodes, called first, in
     every process, for one's own data sets; a plain list would not do, LazyConfig drops it),
-    ``prepare`` (called next, by one process) and ``report`` (makes the function called last).
+    ``prepare`` (called next, by one process), ``report`` (makes the function called last) and
+    ``summary`` (the same for evaluation only; it gets the results and the output folder).
 
     Args:
         resume: continue from the last checkpoint in ``train.output_dir`` where there is one.
         eval_only: evaluate ``train.init_checkpoint`` (with ``resume`` the last checkpoint).
     """
     started = time.perf_counter()
+    if not eval_only and "optimizer" not in cfg:
+        raise ValueError("This configuration only evaluates, it has no optimizer: add --eval-only.")
     set_up(cfg.train.output_dir, seed=cfg.train.seed, threads=cfg.train.get("threads"))
     if comm.is_main_process():
         LazyConfig.save(cfg, os.path.join(cfg.train.output_dir, "config.yaml"))
@@ -110,6 +113,8 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[st
     test_sets = build_test_sets(cfg)
     if not test_sets:
         raise ValueError("There is nothing to evaluate: dataloader.test is empty.")
+    if cfg.train.get("self_check", True):
+        check_test_sets(test_sets)
     model = instantiate(cfg.model).to(cfg.train.device)
     checkpointer = FiberCheckpointer(model, cfg.train.output_dir)
     path = cfg.train.init_checkpoint
@@ -118,7 +123,10 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[st
     if not path:
         logger.warning("No checkpoint is given (train.init_checkpoint): weights are random.")
     checkpointer.load(path, checkpointables=[])
-    return do_test(cfg, model, test_sets=test_sets, checkpoint=path)
+    results = do_test(cfg, model, test_sets=test_sets, checkpoint=path, resumable=True)
+    if "summary" in cfg and comm.is_main_process():
+        instantiate(cfg.summary)(results, cfg.train.output_dir)
+    return results
 
 
 def do_train(
@@ -153,6 +161,8 @@ def do_train(
     )
     checkpointer = FiberCheckpointer(model, train.output_dir, trainer=trainer)
     test_sets = build_test_sets(cfg)
+    if train.get("self_check", True):
+        check_test_sets(test_sets)
     report = instantiate(cfg.report) if "report" in cfg else None
     final_checkpoint = os.path.join(train.output_dir, "model_final.pth")
 

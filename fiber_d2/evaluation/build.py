@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
 from fiber_d2.data.records import check_registered
 from fiber_d2.evaluation.coco import GroundedCOCOEvaluator
+from fiber_d2.evaluation.description import DescriptionEvaluator
 from fiber_d2.evaluation.flickr import FlickrRecallEvaluator
+from fiber_d2.evaluation.generalized_refexp import GeneralizedRefExpEvaluator
+from fiber_d2.evaluation.lvis_fixed_ap import LVISFixedAPEvaluator
 from fiber_d2.evaluation.refexp import RefExpEvaluator
 
-# Called as evaluator(dataset_name, output_dir=...).
+# Called as evaluator(dataset_name, output_dir=..., **options).
 EVALUATORS: dict[str, Callable[..., DatasetEvaluator]] = {
     "coco": GroundedCOCOEvaluator,
+    "description": DescriptionEvaluator,
     "flickr": FlickrRecallEvaluator,
+    "grefexp": GeneralizedRefExpEvaluator,
+    "lvis": LVISFixedAPEvaluator,
     "refexp": RefExpEvaluator,
 }
 
 
 def build_evaluator(
-    dataset_name: str, output_dir: str | os.PathLike[str] | None = None
+    dataset_name: str, output_dir: str | os.PathLike[str] | None = None, **options: Any
 ) -> DatasetEvaluator:
     """The evaluator of a registered data set.
 
     Args:
         dataset_name: its name; ``evaluator_type`` in its metadata chooses the evaluator.
         output_dir: predictions are saved in ``<output_dir>/<dataset_name>``; None saves nothing.
+        options: further arguments of the evaluator, such as ``legacy_boxes=True``.
 
     Raises:
         KeyError: where the data set is not registered.
-        ValueError: where no evaluator goes by its ``evaluator_type``.
+        ValueError: where no evaluator goes by its ``evaluator_type``, or it has no such option.
     """
     check_registered(dataset_name)
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
@@ -43,4 +52,11 @@ def build_evaluator(
             f"Set evaluator_type in its metadata to one of: {', '.join(sorted(EVALUATORS))}."
         )
     folder = None if output_dir is None else Path(output_dir) / dataset_name
-    return EVALUATORS[kind](dataset_name, output_dir=folder)
+    known = inspect.signature(EVALUATORS[kind]).parameters
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(
+            f"The evaluator of {dataset_name!r} has no option {', '.join(unknown)}; it has "
+            f"{', '.join(name for name in known if name not in ('dataset_name', 'output_dir'))}."
+        )
+    return EVALUATORS[kind](dataset_name, output_dir=folder, **options)

@@ -9,7 +9,7 @@ import io
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
 from fiber_d2.evaluation.records import Record, gather_records, keep_first, save_json
+from fiber_d2.evaluation.saved import foreign_error, read_records, some_of
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class GroundedCOCOEvaluator(COCOEvaluator):
             logger.info("The json of this data set has no annotations: nothing to score.")
             return {}
         results = self.score(detections, img_ids=img_ids)
-        _log_tables(results["bbox"])
+        self._log(results)
         return results
 
     def score(
@@ -154,6 +155,66 @@ class GroundedCOCOEvaluator(COCOEvaluator):
         Raises:
             ValueError: for a detection on an image that the json does not have.
         """
+        evaluation = self._run_scorer(detections, img_ids)
+        return OrderedDict(bbox={**overall_ap(evaluation), **self._class_ap(evaluation)})
+
+    def score_file(self, path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+        """Results of saved predictions, a file as ``coco_instances_results.json``.
+
+        Images without a box have no entry in such a file, so images that were left out cannot be
+        told from those where nothing was found; a warning says how many there are.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is of another form, or of another data set.
+        """
+        detections = read_records(
+            path,
+            ("image_id", "category_id", "bbox", "score"),
+            ("id", "area", "iscrowd", "segmentation"),
+        )
+        source, images = self._metadata.json_file, self._coco_api.getImgIds()
+        predicted = dict.fromkeys(detection["image_id"] for detection in detections)
+        known = set(images)
+        foreign = [image_id for image_id in predicted if image_id not in known]
+        if foreign:
+            raise foreign_error(path, foreign, source)
+        classes = {detection["category_id"] for detection in detections}
+        unknown = classes.difference(self.category_ids)
+        if unknown:
+            raise ValueError(
+                f"{path} holds predictions of another data set: {source} does not have the "
+                f"category ids {some_of(sorted(unknown))}."
+            )
+        without = [image_id for image_id in images if image_id not in predicted]
+        if without:
+            logger.warning(
+                "%s has no box on %d of %d images: %s",
+                path,
+                len(without),
+                len(images),
+                some_of(without),
+            )
+        return self.score(detections)
+
+    def _class_ap(self, evaluation: Any) -> dict[str, float]:
+        """``AP-<class>`` of the classes with ground truth, where there are several classes."""
+        precision, params = evaluation.eval["precision"], evaluation.params
+        categories = self._coco_api.loadCats(ids=params.catIds)
+        if len(categories) < 2:
+            return {}
+        area = params.areaRngLbl.index("all")
+        values = {
+            f"AP-{category['name']}": _mean_percent(precision[:, :, place, area, -1])
+            for place, category in enumerate(categories)
+        }
+        return {name: value for name, value in values.items() if np.isfinite(value)}
+
+    def _log(self, results: dict[str, dict[str, float]]) -> None:
+        _log_tables(results["bbox"])
+
+    def _run_scorer(self, detections: Sequence[Record], img_ids: Sequence[int] | None) -> Any:
+        """A COCOeval that has accumulated; arguments as of ``score``."""
         unknown = {d["image_id"] for d in detections} - set(self._coco_api.getImgIds())
         if unknown:
             raise ValueError(
@@ -165,25 +226,6 @@ class GroundedCOCOEvaluator(COCOEvaluator):
                 "Not a single box was predicted: AP is 0. Is the score threshold too high, or the "
                 "model untrained?"
             )
-        evaluation = self._run_scorer(detections, img_ids)
-        precision, params = evaluation.eval["precision"], evaluation.params
-        results: dict[str, float] = OrderedDict()
-        for name, (iou, area) in _METRICS.items():
-            thresholds = slice(None) if iou is None else np.isclose(params.iouThrs, iou)
-            results[name] = _mean_percent(
-                precision[thresholds, :, :, params.areaRngLbl.index(area), -1]
-            )
-        names = {
-            category["id"]: category["name"]
-            for category in self._coco_api.loadCats(ids=params.catIds)
-        }
-        for place, category_id in enumerate(params.catIds):
-            value = _mean_percent(precision[:, :, place, params.areaRngLbl.index("all"), -1])
-            if len(names) > 1 and np.isfinite(value):
-                results[f"AP-{names[category_id]}"] = value
-        return OrderedDict(bbox=results)
-
-    def _run_scorer(self, detections: Sequence[Record], img_ids: Sequence[int] | None):
         if self._faster:
             from faster_coco_eval import COCO
             from faster_coco_eval import COCOeval_faster as COCOeval
@@ -191,9 +233,11 @@ class GroundedCOCOEvaluator(COCOEvaluator):
             from pycocotools.coco import COCO
             from pycocotools.cocoeval import COCOeval
         dataset = self._coco_api.dataset
-        # Scorers read these two fields, which hand-made files often lack, and write into the rest.
+        # Scorers write into what they are given, and read two fields that hand-made files lack.
+        # New ids, since pycocotools takes a match with the box of id 0 for none.
         truth = [
-            {"iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3], **a} for a in self.ground_truth
+            {"iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3], **a, "id": i}
+            for i, a in enumerate(self.ground_truth, start=1)
         ]
         found = [
             {**d, "id": i, "iscrowd": 0, "area": d["bbox"][2] * d["bbox"][3]}
@@ -218,6 +262,25 @@ class GroundedCOCOEvaluator(COCOEvaluator):
             for detection in detections
             if detection["category_id"] in self._json_ids
         ]
+
+
+def overall_ap(evaluation: Any, category_ids: Collection[int] | None = None) -> dict[str, float]:
+    """AP, AP50, AP75, APs, APm and APl in percent, NaN where there is no ground truth.
+
+    Args:
+        evaluation: a COCOeval after ``accumulate``.
+        category_ids: the json's ids of the classes to average over; None for all.
+    """
+    precision, params = evaluation.eval["precision"], evaluation.params
+    if category_ids is not None:
+        precision = precision[:, :, np.isin(params.catIds, list(category_ids))]
+    results = {}
+    for name, (iou, area) in _METRICS.items():
+        thresholds = slice(None) if iou is None else np.isclose(params.iouThrs, iou)
+        results[name] = _mean_percent(
+            precision[thresholds, :, :, params.areaRngLbl.index(area), -1]
+        )
+    return results
 
 
 def _json_category_ids(metadata: Any, coco_api: Any) -> dict[int, int]:

@@ -17,6 +17,7 @@ from tabulate import tabulate
 from fiber_d2.evaluation.entities import EntityImage, image_key, read_entities
 from fiber_d2.evaluation.overlap import NEVER, first_hit_ranks
 from fiber_d2.evaluation.records import Record, gather_records, keep_first, save_json
+from fiber_d2.evaluation.saved import foreign_error, read_records
 from fiber_d2.structures import Prompt
 
 logger = logging.getLogger(__name__)
@@ -239,6 +240,23 @@ class FlickrRecallEvaluator(DatasetEvaluator):
         results = self.score(records)
         _log_table(results["grounding"])
         return results
+
+    def score_file(self, path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+        """Results of saved predictions, a file as ``flickr_predictions.json``.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is of another form or data set, or lacks sentences.
+        """
+        records = read_records(path, ("image_id", "sentence_id", "boxes"), ("scores",))
+        ids = dict.fromkeys(image_key(record["image_id"]) for record in records)
+        foreign = [key for key in ids if key not in self.images]
+        if foreign:
+            raise foreign_error(path, foreign, "the Entities files of the split")
+        try:
+            return self.score(records)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def score(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """Results of saved predictions; see ``phrase_recall`` for their form."""

@@ -18,6 +18,7 @@ from tabulate import tabulate
 
 from fiber_d2.evaluation.overlap import first_hit_ranks
 from fiber_d2.evaluation.records import Record, gather_records, keep_first, save_json
+from fiber_d2.evaluation.saved import foreign_error, read_records, some_of
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +215,25 @@ class RefExpEvaluator(DatasetEvaluator):
         results = self.score(records)
         _log_table(results["refexp"], self._topk, self.expressions)
         return results
+
+    def score_file(self, path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+        """Results of saved predictions, a file as ``refexp_predictions.json``.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is of another form or data set, or lacks expressions.
+        """
+        records = read_records(path, ("image_id", "boxes", "scores"))
+        predicted, known = {r["image_id"] for r in records}, set(self.expressions.ids)
+        if predicted - known:
+            raise foreign_error(path, sorted(predicted - known, key=str), self.json_file)
+        missing = [image_id for image_id in self.expressions.ids if image_id not in predicted]
+        if missing:
+            raise ValueError(
+                f"{path} lacks {len(missing)} of {len(known)} expressions: {some_of(missing)}. An "
+                "expression without a box has an entry too, with empty lists."
+            )
+        return self.score(records)
 
     def score(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """Results of saved predictions; see ``ranked_predictions`` for their form."""

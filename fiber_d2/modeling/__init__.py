@@ -8,9 +8,11 @@ from .fpn import FeaturePyramid
 from .fusion import FusionBackbone, build_fiber_fusion_backbone
 from .language_head import ATSSLanguageHead
 from .losses import GroundingLoss
+from .merge_detections import in_size_range, merge_detections
 from .postprocess import PostProcessor
 from .roberta import RobertaEncoder
 from .swin import SwinTransformer
+from .test_time_augmentation import FiberWithTTA
 
 __all__ = [
     "ATSSAssigner",
@@ -19,10 +21,13 @@ __all__ = [
     "DynamicHead",
     "FIBER",
     "FeaturePyramid",
+    "FiberWithTTA",
     "FusionBackbone",
     "GroundingLoss",
     "PostProcessor",
     "RobertaEncoder",
     "SwinTransformer",
     "build_fiber_fusion_backbone",
+    "in_size_range",
+    "merge_detections",
 ]

@@ -191,3 +191,25 @@ def test_bad_category_id(coco):
 def test_shuffling_needs_common_templates():
     with pytest.raises(ValueError, match="cannot be shuffled"):
         DetectionPrompter(TOKENIZER, ["a"], templates=[{"name": "a"}], shuffle=True)
+
+
+def test_an_expression_without_a_target_is_asked_for(grounding):
+    record = {**load_grounding_json(*grounding[1:])[2], "annotations": []}
+    item = mapper(GroundingPrompter(TOKENIZER, whole_caption=True), is_train=False)(record)
+    assert words(item["prompt"], item["prompt"].positive_map > 0) == [record["caption"]]
+    plain = mapper(GroundingPrompter(TOKENIZER), is_train=False)(record)
+    assert plain["prompt"].num_targets == 0
+
+
+def test_the_prompt_of_the_mirrored_image_is_added_where_it_differs(grounding):
+    records = load_grounding_json(*grounding[1:])
+    prompter = GroundingPrompter(TOKENIZER)
+    load = FiberDatasetMapper(
+        is_train=False, prompter=prompter, augmentations=[], mirrored_prompt=True
+    )
+    sided, plain = load(records[0]), load(records[2])
+    assert sided["mirrored_prompt"].text == "the dog right of a big cat"
+    assert sided["prompt"].text == "the dog left of a big cat"
+    mirrored = sided["mirrored_prompt"]
+    assert words(mirrored, mirrored.positive_map > 0) == ["the dog", "a big cat"]
+    assert "mirrored_prompt" not in plain

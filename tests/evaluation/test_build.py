@@ -1,7 +1,9 @@
 import json
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
 
 from fiber_d2.evaluation import GroundedCOCOEvaluator, RefExpEvaluator, build_evaluator
 
@@ -44,7 +46,26 @@ def test_the_metadata_choose_the_evaluator(register, kind, cls, tmp_path):
 
 
 def test_unknown_kinds_and_names_say_what_there_is(register):
-    with pytest.raises(ValueError, match="evaluator_type 'lvis'.*coco, flickr, refexp"):
-        build_evaluator(register("lvis"))
+    every = "coco, description, flickr, grefexp, lvis, refexp"
+    with pytest.raises(ValueError, match=f"evaluator_type 'masks'.*{every}"):
+        build_evaluator(register("masks"))
     with pytest.raises(KeyError, match="'nowhere' is not registered"):
         build_evaluator("nowhere")
+
+
+def test_options_go_to_the_evaluator(register):
+    name = register("coco")
+    MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id = {1: 0}
+    plain, legacy = (build_evaluator(name, legacy_boxes=legacy) for legacy in (False, True))
+    prediction = Instances((9, 9))
+    prediction.pred_boxes = Boxes(torch.tensor([[0.0, 0.0, 4.0, 4.0]]))
+    prediction.scores, prediction.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    found = []
+    for evaluator in (plain, legacy):
+        evaluator.reset()
+        evaluator.process([{"image_id": 1}], [{"instances": prediction}])
+        found.append(evaluator.evaluate()["bbox"]["AP"])
+    # The box of 4 x 4 pixels counts as 5 x 5, an IoU of 0.64.
+    assert found == pytest.approx([100, 30])
+    with pytest.raises(ValueError, match="no option legacy_box; it has legacy_boxes"):
+        build_evaluator(name, legacy_box=True)

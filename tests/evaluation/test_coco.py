@@ -219,6 +219,18 @@ def test_hand_made_json_without_area_and_crowd(register):
         assert found == pytest.approx(expected, nan_ok=True)
 
 
+@pytest.mark.parametrize("faster", [False, True])
+def test_ids_of_annotations_may_begin_at_zero(register, faster):
+    """pycocotools by itself counts a match with the box of id 0 as a false positive."""
+    if faster:
+        pytest.importorskip("faster_coco_eval")
+    content = _ground_truth()
+    for annotation in content["annotations"]:
+        annotation["id"] -= 1
+    evaluator = GroundedCOCOEvaluator(register(content), use_faster=faster)
+    assert _evaluate(evaluator, _perfect(content))["bbox"]["AP"] == pytest.approx(100)
+
+
 def test_more_boxes_than_the_limit_do_not_count(register):
     content = _ground_truth(images=2)
     name = register(content)

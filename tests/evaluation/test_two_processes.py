@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from detectron2.evaluation import DatasetEvaluators
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 
-from fiber_d2.evaluation import GroundedCOCOEvaluator, RefExpEvaluator
+from fiber_d2.evaluation import FlickrRecallEvaluator, GroundedCOCOEvaluator, RefExpEvaluator
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "data_eval" / "b_refexp.json"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "data_eval"
 
 
 def _evaluators(json_file):
@@ -34,7 +35,35 @@ def _run(evaluators, records):
     return evaluators.evaluate()
 
 
-def _work(rank, folder, records):
+def _run_phrases(folder, records):
+    """The saved predictions of sentences, given to an evaluator as a model would."""
+    evaluator = FlickrRecallEvaluator(entities_root=folder, split="val", protocol="both")
+    evaluator.reset()
+    for record in records:
+        counts = [len(boxes) for boxes in record["boxes"]]
+        instances = Instances((10, 10))
+        flat = [box for boxes in record["boxes"] for box in boxes]
+        instances.pred_boxes = Boxes(torch.tensor(flat).reshape(-1, 4))
+        # Of every phrase the boxes come best first.
+        instances.scores = -torch.cat([torch.arange(count) for count in counts]).float()
+        phrases = torch.arange(len(counts))
+        instances.pred_classes = phrases.repeat_interleave(torch.tensor(counts))
+        item = {
+            "original_img_id": record["image_id"],
+            "sentence_id": record["sentence_id"],
+            "prompt": [SimpleNamespace(num_targets=len(counts))],
+        }
+        evaluator.process([item], [{"instances": instances}])
+    return evaluator.evaluate()
+
+
+def _share(rank, records):
+    # Three records are given to both processes, as a sampler with padding would.
+    half = len(records) // 2
+    return records[: half + 3] if rank == 0 else records[half:]
+
+
+def _work(rank, folder, records, sentences):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
@@ -42,17 +71,15 @@ def _work(rank, folder, records):
         comm.create_local_process_group(2)
     else:
         comm._LOCAL_PROCESS_GROUP = torch.distributed.new_group([0, 1])
-    # Three records are given to both processes, as a sampler with padding would.
-    half = len(records) // 2
-    share = records[: half + 3] if rank == 0 else records[half:]
-    results = _run(_evaluators(f"{folder}/gt.json"), share)
+    results = _run(_evaluators(f"{folder}/gt.json"), _share(rank, records))
+    results.update(_run_phrases(folder, _share(rank, sentences)))
     Path(folder, f"results_{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_score_what_one_scores(tmp_path):
-    fixture = json.loads(FIXTURE.read_text())
+    fixture = json.loads((FIXTURES / "b_refexp.json").read_text())
     ground_truth = fixture["gt"]
     classes = sorted({a["category_id"] for a in ground_truth["annotations"]})
     ground_truth["categories"] = [{"id": c, "name": f"class {c}"} for c in classes]
@@ -60,10 +87,22 @@ def test_two_processes_score_what_one_scores(tmp_path):
     right = {a["image_id"]: a["category_id"] for a in ground_truth["annotations"]}
     records = [{**r, "category_id": right[r["image_id"]]} for r in fixture["predictions"]]
 
-    mp.start_processes(_work, (str(tmp_path), records), nprocs=2, start_method="spawn")
+    phrases = json.loads((FIXTURES / "a_flickr.json").read_text())
+    for folder in ("Annotations", "Sentences"):
+        (tmp_path / folder).mkdir()
+    for image in phrases["images"]:
+        name = image["image_id"]
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(image["xml"])
+        (tmp_path / "Sentences" / f"{name}.txt").write_text(image["sentences"])
+    names = [image["image_id"] for image in phrases["images"]]
+    (tmp_path / "val.txt").write_text("\n".join(names))
+    sentences = [r for r in phrases["predictions"] if r["boxes"]]
+
+    mp.start_processes(_work, (str(tmp_path), records, sentences), nprocs=2, start_method="spawn")
     main, other = (json.loads((tmp_path / f"results_{r}.json").read_text()) for r in range(2))
     alone = _run(_evaluators(str(tmp_path / "gt.json")), records)
-    assert set(alone) == {"refexp", "bbox"}
+    alone.update(_run_phrases(tmp_path, sentences))
+    assert set(alone) == {"refexp", "bbox", "grounding"}
     assert other == {}
     for task, results in alone.items():
         assert main[task] == pytest.approx(results, nan_ok=True)

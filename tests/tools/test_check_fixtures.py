@@ -149,7 +149,7 @@ def test_a_section_without_cases_fails(copy):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((FIXTURES, "--sections", "a,y"), "error: unknown section 'y': there are a, b, d, e, f"),
+        ((FIXTURES, "--sections", "a,y"), "error: unknown section 'y': there are a, b, c, d, e, f"),
         ((FIXTURES, "--sections", ""), "error: unknown section ''"),
         ((FIXTURES / "nowhere",), "error: there is no directory"),
         ((), "error: the following arguments are required: DIRECTORY"),

@@ -1,0 +1,12 @@
+"""RefCOCO testA, P@1. Published, fine-tuned, by generalised IoU: 92.59.
+
+    train_net.py --config-file configs/eval/refcoco_testA.py --eval-only \
+        train.init_checkpoint=FILE.pth
+
+Data: mdetr_annotations/finetune_refcoco_testA.json, coco/train2014/.
+Protocol: one expression at a time, no score threshold, the best of 100 boxes counts.
+"""
+
+from ..common.eval_refexp import dataloader, model, protocol, train  # noqa: F401
+
+dataloader.test.dataset = "refcoco_testA"
