@@ -8,7 +8,7 @@ from .fpn import FeaturePyramid
 from .fusion import FusionBackbone, build_fiber_fusion_backbone
 from .language_head import ATSSLanguageHead
 from .losses import GroundingLoss
-from .merge_detections import in_size_range, merge_detections
+from .merging import in_size_range, merge_detections
 from .postprocess import PostProcessor
 from .roberta import RobertaEncoder
 from .swin import SwinTransformer

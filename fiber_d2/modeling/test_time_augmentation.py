@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .merge_detections import in_size_range, merge_detections
+from .merging import in_size_range, merge_detections
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class FiberWithTTA(nn.Module):
             mirrored x is then ``width - 1 - x``. False for a model trained on this project's
             boxes, ``width - x``.
         method, threshold, max_detections: of
-            :func:`~fiber_d2.modeling.merge_detections.merge_detections`, per image; so are
+            :func:`~fiber_d2.modeling.merging.merge_detections`, per image; so are
             soft_vote_min_score, soft_nms_min_score and soft_nms_sigma.
 
     Raises:

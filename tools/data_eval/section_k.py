@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fiber_d2.modeling.merge_detections import in_size_range, merge_detections
+from fiber_d2.modeling.merging import in_size_range, merge_detections
 
 from .common import Section, read_json
 

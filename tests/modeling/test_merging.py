@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fiber_d2.modeling.merge_detections import METHODS, in_size_range, merge_detections
+from fiber_d2.modeling.merging import METHODS, in_size_range, merge_detections
 
 
 def make_detections(num, num_classes=3, seed=0, ties=False):
@@ -154,7 +154,7 @@ def test_limit_keeps_ties_and_order_is_a_choice():
 def test_large_groups_are_voted_on_in_parts(monkeypatch):
     given = make_detections(60)
     whole = merge_detections(*given, method="soft-vote")
-    monkeypatch.setattr("fiber_d2.modeling.merge_detections._MAX_ENTRIES", 20)
+    monkeypatch.setattr("fiber_d2.modeling.merging._MAX_ENTRIES", 20)
     for one, other in zip(merge_detections(*given, method="soft-vote"), whole):
         torch.testing.assert_close(one, other)
 
