@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -132,6 +133,11 @@ def _process(
     _create_local_groups(num_processes, machine_rank)
     comm.synchronize()
     main_func(*args)
+    # Nobody leaves before all are done, and nothing may hold a group, whose threads must end while
+    # the interpreter still runs: left to its end, they can abort the process.
+    comm.synchronize()
+    comm._LOCAL_PROCESS_GROUP = None
+    gc.collect()
     dist.destroy_process_group()
 
 
