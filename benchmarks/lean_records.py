@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.data import DatasetFromList
 from detectron2.structures import BoxMode
+from machine import describe_machine
 from torch.utils.data import DataLoader, Dataset
 
 from fiber_d2.data.tsv import load_tsv_dataset, write_tsv
@@ -140,26 +138,6 @@ def measure(method: str, folder: Path, count: int, mean: int) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    return {
-        "cpu": model,
-        "cpu_count": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -176,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {
         "command": "python benchmarks/lean_records.py "
         f"--records {args.records} --boxes {args.boxes}",
-        "machine": machine(),
+        "machine": describe_machine("torch", "numpy"),
         "records": args.records,
         "mean_boxes": args.boxes,
         "results": {},

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import describe_machine
 
 RESULT = Path(__file__).resolve().parent / "results" / "lvis_scoring.json"
 CLASSES = 1203
@@ -146,25 +145,6 @@ def write(folder: Path, truth: dict[str, Any], detections: list[dict[str, Any]])
     (folder / "detections.json").write_text(json.dumps(detections))
 
 
-def machine() -> dict[str, Any]:
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    return {
-        "cpu": model,
-        "cpu_count": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -201,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = {
         "command": "python benchmarks/lvis_scoring.py "
         f"--images {args.images} --detections {args.detections}",
-        "machine": machine(),
+        "machine": describe_machine("numpy"),
         "images": args.images,
         "classes": CLASSES,
         **sizes,

@@ -56,7 +56,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fiber_d2.data.readers import load_detection_json  # noqa: E402
 from fiber_d2.data.resampling import class_aware_lines, image_classes  # noqa: E402
 from fiber_d2.data.tsv import TSVFile, TSVRecords, load_tsv_dataset, write_tsv  # noqa: E402
-from fiber_d2.data.tsv_file import encode_row, index_path, replacing, turned_size  # noqa: E402
+from fiber_d2.data.tsv_file import encode_row, index_path, turned_size  # noqa: E402
+from fiber_d2.files import replacing  # noqa: E402
 
 T = TypeVar("T")
 Record = dict[str, Any]

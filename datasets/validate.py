@@ -46,10 +46,10 @@ from fiber_d2.data.validation import (  # noqa: E402
     source_of_dataset,
     source_of_json,
     validate,
-    write_json,
 )
 from fiber_d2.engine.errors import EXPECTED_ERRORS, USAGE_EXIT_CODE, message_of  # noqa: E402
 from fiber_d2.engine.overrides import import_user_modules  # noqa: E402
+from fiber_d2.files import save_json  # noqa: E402
 from fiber_d2.text import load_tokenizer  # noqa: E402
 
 ERRORS_EXIT_CODE = 1
@@ -169,7 +169,7 @@ def fix(report: Report, options: Options, path: str) -> str:
         repaired, report.repairs = repair(source, facts)
     except ValueError as error:
         return f"no repaired copy was written: {error}"
-    write_json(path, repaired)
+    save_json(repaired, path)
     report.remaining = errors_after_repair(source, repaired, facts, options)
     return f"repaired copy: {path}"
 
@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
     if fixed:
         print(fixed)
     if args.json:
-        write_json(args.json, report_as_dict(report))
+        save_json(report_as_dict(report), args.json)
         print(f"report: {args.json}")
     if report.stopped == "interrupted":
         return INTERRUPTED_EXIT_CODE

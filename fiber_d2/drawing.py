@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from detectron2.utils.visualizer import Visualizer
 from matplotlib import font_manager, patheffects
 from PIL import Image, ImageDraw, ImageFont
+
+from fiber_d2.files import replacing
 
 PANEL_SIDE = 448  # pixels of the longer side of either half of a picture
 _MARGIN = 10
@@ -123,14 +124,8 @@ def contact_sheet(
 
 def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
     """Write a uint8 RGB picture so that ``path`` never holds half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        Image.fromarray(image).save(partial, format="PNG")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        Image.fromarray(image).save(file, format="PNG")
 
 
 def _fit(image: np.ndarray, side: int) -> np.ndarray:

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "failures": section.failures,
         }
     if args.json is not None:
-        from fiber_d2.evaluation.records import save_json
+        from fiber_d2.files import save_json
 
         try:
             save_json(report, args.json)

@@ -25,6 +25,7 @@ from .records import (
     Record,
     check_dataset,
     filter_records,
+    ground_truth_kind,
     lean_dataset,
     load_records,
     select_records,
@@ -271,7 +272,7 @@ def build_prompter(
         ValueError: the kind is unknown, classes are not named, or a class has no token.
     """
     metadata = MetadataCatalog.get(name)
-    kind = metadata.get("ground_truth", GROUNDING if "caption" in records[0] else DETECTION)
+    kind = ground_truth_kind(name, records)
     if kind in (GROUNDING, REFEXP):
         return GroundingPrompter(
             tokenizer,

@@ -138,6 +138,19 @@ def annotations_of(
         yield annotation, record["annotations"]
 
 
+def path_within(root: str, name: str) -> str | None:
+    """The path of a file name below ``root``; None where it leads out of it.
+
+    Compared as written: links that the owner of the folder made inside it are welcome.
+    """
+    name = os.path.normpath(name)
+    if os.path.isabs(name):
+        outside = not name.startswith(os.path.join(os.path.abspath(root), ""))
+    else:
+        outside = name.split(os.sep)[0] == os.pardir
+    return None if outside else os.path.join(root, name)
+
+
 def image_record(
     image: Mapping[str, Any], file_name: Any, image_root: str, json_file: str
 ) -> Record:
@@ -149,15 +162,10 @@ def image_record(
     whose = f"The image {image['id']!r} of {json_file} has the file name {file_name!r}, which"
     if not isinstance(file_name, str) or "\0" in file_name:
         raise ValueError(f"{whose} is no file name.")
-    name = os.path.normpath(file_name)
-    if name == os.curdir:
+    if os.path.normpath(file_name) == os.curdir:
         raise ValueError(f"{whose} names no file.")
-    # Compared as written: links that the owner of the folder made inside it are welcome.
-    if os.path.isabs(name):
-        outside = not name.startswith(os.path.join(os.path.abspath(image_root), ""))
-    else:
-        outside = name.split(os.sep)[0] == os.pardir
-    if outside:
+    path = path_within(image_root, file_name)
+    if path is None:
         raise ValueError(f"{whose} leads out of its image folder {image_root}.")
     height, width = image["height"], image["width"]
     if not (is_number(height) and is_number(width) and height > 0 and width > 0):
@@ -166,7 +174,7 @@ def image_record(
             f"{width!r}; both must be numbers of pixels."
         )
     return {
-        "file_name": os.path.join(image_root, name),
+        "file_name": path,
         "height": height,
         "width": width,
         "image_id": image["id"],

@@ -232,16 +232,22 @@ def _lvis_file_name(image: Mapping[str, Any], json_file: str) -> str:
     if not url:
         require(image, ("file_name",), "image", json_file)
         return image["file_name"]
-    try:
-        parts = urlsplit(url).path.split("/") if isinstance(url, str) else []
-    except ValueError:  # brackets that hold no address
-        parts = []
-    if len(parts) < 2 or not all(parts[-2:]):
+    name = end_of_url(url)
+    if name is None:
         raise ValueError(
             f"The image {image['id']!r} of {json_file} has the coco_url {url!r}, which does not "
             "end in a folder and a file name."
         )
-    return "/".join(parts[-2:])
+    return name
+
+
+def end_of_url(url: Any) -> str | None:
+    """Folder and file name that a url ends in, None where it does not."""
+    try:
+        parts = urlsplit(url).path.split("/") if isinstance(url, str) else []
+    except ValueError:  # brackets that hold no address
+        return None
+    return "/".join(parts[-2:]) if len(parts) > 1 and all(parts[-2:]) else None
 
 
 def _are_spans(spans: Any) -> bool:

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from detectron2.data import DatasetCatalog, DatasetFromList
+from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from torch.utils.data import Dataset
 
+from .catalog import DETECTION, GROUNDING
 from .mapper import FiberDatasetMapper
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,14 @@ def load_records(name: str) -> Sequence[Record]:
     if len(records) == 0:
         raise ValueError(f"The data set {name!r} holds no image.")
     return records
+
+
+def ground_truth_kind(name: str, records: Sequence[Record]) -> str:
+    """``ground_truth`` of the metadata; for data that others registered, what the records show."""
+    known = MetadataCatalog.get(name).get("ground_truth")
+    if known:
+        return known
+    return GROUNDING if len(records) and "caption" in records[0] else DETECTION
 
 
 def select_records(records: Sequence[Record], indices: Sequence[int]) -> Sequence[Record]:

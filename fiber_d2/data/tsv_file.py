@@ -14,7 +14,6 @@ import contextlib
 import io
 import logging
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
@@ -22,6 +21,8 @@ import numpy as np
 from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+
+from fiber_d2.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -311,17 +312,3 @@ def _is_int64(text: bytes) -> bool:
 
 def _write_integers(file: IO[bytes], numbers: np.ndarray) -> None:
     file.writelines(b"%d\n" % number for number in numbers.tolist())
-
-
-@contextlib.contextmanager
-def replacing(path: str) -> Iterator[IO[bytes]]:
-    """A file to write that takes its place when the block ends, and never if it fails."""
-    temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise

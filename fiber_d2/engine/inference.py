@@ -70,20 +70,22 @@ def run_inference(
             stack.enter_context(inference_context(model))
         stack.enter_context(torch.no_grad())
         stop = stack.enter_context(_stop_on_interrupt()) if saved is not None else None
+        failure: Exception | None = None
         try:
             for inputs, outputs in _with_progress(model, loader, saved):
                 evaluator.process(inputs, outputs)
                 if stop is not None and stop.is_set():
                     break
-        except Exception:
+        except Exception as error:
             # Workers of the loader hear Ctrl-C as well, and end.
             if stop is None or not stop.is_set():
                 raise
+            failure = error
         if stop is not None and stop.is_set():
             raise EvaluationInterrupted(
                 f"The predictions up to here are saved in {saved.folder}: the same command with "
                 "--resume-eval goes on from them."
-            )
+            ) from failure
     # No process may be measured, or write, before all have finished.
     comm.synchronize()
     return evaluator.evaluate() or {}

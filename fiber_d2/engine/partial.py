@@ -23,6 +23,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 
 from fiber_d2.structures import Prompt
+from fiber_d2.text.prompts import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -258,12 +259,8 @@ def _differences(saved: Any, present: Any, name: str) -> Any:
             inner = f"{name}.{key}" if name else key
             yield from _differences(saved.get(key), present.get(key), inner)
     elif saved != present:
-        yield f"{name} was {_short(saved)} and is {_short(present)}"
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+        was, present = (shorten(repr(value), 80) for value in (saved, present))
+        yield f"{name} was {was} and is {present}"
 
 
 def _json_of(tensor: torch.Tensor) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from fiber_d2.data.images import read_image
+from fiber_d2.data.records import ground_truth_kind
 from fiber_d2.drawing import contact_sheet, draw_record, save_png
 from fiber_d2.evaluation.overlap import box_overlap
 from fiber_d2.structures import Prompt
@@ -53,8 +54,9 @@ class PictureEvaluator(DatasetEvaluator):
         self._output_dir, self._limit = output_dir, limit
         self._tokenizer = load_tokenizer(tokenizer)
         # One look at the ground truth for the whole evaluation.
-        self._records = {record["image_id"]: record for record in DatasetCatalog.get(dataset)}
-        self._metadata = _with_kind(dataset, self._records)
+        records = DatasetCatalog.get(dataset)
+        self._records = {record["image_id"]: record for record in records}
+        self._metadata = _with_kind(dataset, ground_truth_kind(dataset, records))
         self.paths: list[Path] = []
         self.reset()
 
@@ -335,12 +337,6 @@ def _sheet_of(paths: Sequence[Path]) -> np.ndarray:
         return np.array(sheet.convert("RGB"))
 
 
-def _with_kind(dataset: str, records: Mapping[Any, Mapping[str, Any]]) -> Metadata:
-    """The metadata, with ``ground_truth`` where whoever registered the data did not say it."""
-    metadata = MetadataCatalog.get(dataset)
-    if metadata.get("ground_truth"):
-        return metadata
-    has_caption = "caption" in next(iter(records.values()))
-    return Metadata(
-        **{**metadata.as_dict(), "ground_truth": "grounding" if has_caption else "detection"}
-    )
+def _with_kind(dataset: str, kind: str) -> Metadata:
+    """The metadata, with ``ground_truth`` also where whoever registered the data did not say it."""
+    return Metadata(**{**MetadataCatalog.get(dataset).as_dict(), "ground_truth": kind})

@@ -21,6 +21,7 @@ from torch import nn
 from fiber_d2.evaluation.settings import describe_evaluator, library_versions, plain_attributes
 from fiber_d2.modeling.postprocess import PostProcessor
 from fiber_d2.structures import Prompt
+from fiber_d2.text.prompts import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -160,16 +161,12 @@ def _captions(protocol: Mapping[str, Any]) -> str:
     text = protocol["caption_of_first_image"]
     return (
         f"{protocol['captions_of_first_image']}, at most {max(tokens)} tokens in the first image: "
-        f"{_short(repr(text))}"
+        f"{shorten(repr(text))}"
     )
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {_short(repr(value))}" for key, value in values.items())
-
-
-def _short(text: str, limit: int = 100) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return ", ".join(f"{key} {shorten(repr(value))}" for key, value in values.items())
 
 
 def _plain(value: Any) -> Any:

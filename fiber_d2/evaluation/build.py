@@ -38,11 +38,12 @@ def build_evaluator(
     Args:
         dataset_name: its name; ``evaluator_type`` in its metadata chooses the evaluator.
         output_dir: predictions are saved in ``<output_dir>/<dataset_name>``; None saves nothing.
-        options: further arguments of the evaluator, such as ``legacy_boxes=True``.
+        options: further arguments of the evaluator, such as ``legacy_boxes=True`` or
+            ``distributed=False``.
 
     Raises:
         KeyError: where the data set is not registered.
-        ValueError: where no evaluator goes by its ``evaluator_type``, or it has no such option.
+        ValueError: where no evaluator goes by its ``evaluator_type``, or it takes no such options.
     """
     check_registered(dataset_name)
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
@@ -52,11 +53,17 @@ def build_evaluator(
             f"Set evaluator_type in its metadata to one of: {', '.join(sorted(EVALUATORS))}."
         )
     folder = None if output_dir is None else Path(output_dir) / dataset_name
-    known = inspect.signature(EVALUATORS[kind]).parameters
-    unknown = [name for name in options if name not in known]
-    if unknown:
+    parameters = inspect.signature(EVALUATORS[kind]).parameters
+    known = [name for name in parameters if name not in ("dataset_name", "output_dir")]
+    for name in options:
+        if name not in known:
+            raise ValueError(
+                f"The evaluator of {dataset_name!r} has no option {name!r}; it has: "
+                f"{', '.join(known)}."
+            )
+    try:
+        return EVALUATORS[kind](dataset_name, output_dir=folder, **options)
+    except TypeError as error:
         raise ValueError(
-            f"The evaluator of {dataset_name!r} has no option {', '.join(unknown)}; it has "
-            f"{', '.join(name for name in known if name not in ('dataset_name', 'output_dir'))}."
-        )
-    return EVALUATORS[kind](dataset_name, output_dir=folder, **options)
+            f"The evaluator of {dataset_name!r} takes no such options: {error}."
+        ) from error

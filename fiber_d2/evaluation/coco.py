@@ -21,8 +21,9 @@ from detectron2.structures import Boxes
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
-from fiber_d2.evaluation.records import Record, gather_records, keep_first, save_json
+from fiber_d2.evaluation.records import Record, gather_records, keep_first
 from fiber_d2.evaluation.saved import foreign_error, read_records, some_of
+from fiber_d2.files import save_json
 
 logger = logging.getLogger(__name__)
 

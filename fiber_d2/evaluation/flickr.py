@@ -16,8 +16,9 @@ from tabulate import tabulate
 
 from fiber_d2.evaluation.entities import EntityImage, image_key, read_entities
 from fiber_d2.evaluation.overlap import NEVER, first_hit_ranks
-from fiber_d2.evaluation.records import Record, gather_records, keep_first, save_json
+from fiber_d2.evaluation.records import Record, gather_records, keep_first
 from fiber_d2.evaluation.saved import foreign_error, read_records
+from fiber_d2.files import save_json
 from fiber_d2.structures import Prompt
 
 logger = logging.getLogger(__name__)

@@ -6,24 +6,25 @@ boxes above a score, not by a ranking.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import BoxMode
 from tabulate import tabulate
 
+from fiber_d2.evaluation.expressions import (
+    ExpressionEvaluator,
+    arrays_of,
+    match_records,
+    read_ground_truth,
+    xywh_corners,
+)
 from fiber_d2.evaluation.overlap import box_overlap
-from fiber_d2.evaluation.records import Record, gather_records, keep_first, save_json
-from fiber_d2.evaluation.saved import foreign_error, read_records, some_of
+from fiber_d2.evaluation.records import Record
 from fiber_d2.structures import Prompt
 
 logger = logging.getLogger(__name__)
@@ -93,30 +94,13 @@ def parse_generalized_expressions(content: Mapping[str, Any]) -> GeneralizedExpr
     return GeneralizedExpressions(
         ids=tuple(boxes),
         datasets=np.asarray([image.get("dataset_name", "grefexp") for image in images]),
-        targets=tuple(
-            BoxMode.convert(
-                np.array(of_image, dtype=np.float64).reshape(-1, 4),
-                BoxMode.XYWH_ABS,
-                BoxMode.XYXY_ABS,
-            )
-            for of_image in boxes.values()
-        ),
+        targets=tuple(xywh_corners(of_image) for of_image in boxes.values()),
     )
 
 
 def read_generalized_expressions(json_file: str | os.PathLike[str]) -> GeneralizedExpressions:
     """``parse_generalized_expressions`` of a file, with errors that name it."""
-    path = Path(json_file)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: it should hold the referring expressions to evaluate."
-        )
-    try:
-        return parse_generalized_expressions(json.loads(path.read_text(encoding="utf-8")))
-    except KeyError as error:
-        raise ValueError(f"{path}: an entry lacks {error}.") from error
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    return read_ground_truth(json_file, parse_generalized_expressions)
 
 
 def answered_boxes(
@@ -137,24 +121,12 @@ def answered_boxes(
     Returns:
         Per expression float32 ``(n, 4)``, best first; None where there is no record.
     """
-    by_id, repeats = keep_first(records, lambda record: record["image_id"])
-    if repeats:
-        logger.info("%d repeated expressions: the first prediction of each counts.", repeats)
-    unknown = len(set(by_id) - set(expressions.ids))
-    if unknown:
-        logger.warning("Ignored the predictions of %d unknown expressions.", unknown)
-    missing = sum(image_id not in by_id for image_id in expressions.ids)
-    if missing:
-        logger.warning(
-            "%d of %d expressions were not predicted; each counts as wrong, even where it has no "
-            "target.",
-            missing,
-            len(expressions.ids),
-        )
-    return [
-        _best_boxes(by_id[image_id], score_thresh, topk) if image_id in by_id else None
-        for image_id in expressions.ids
-    ]
+    found = match_records(
+        expressions.ids,
+        records,
+        consequence="each counts as wrong, even where it has no target",
+    )
+    return [None if r is None else _best_boxes(r, score_thresh, topk) for r in found]
 
 
 def exactly_found(
@@ -218,7 +190,7 @@ def _least_greedy_overlap(overlap: np.ndarray) -> np.ndarray:
     return least
 
 
-class GeneralizedRefExpEvaluator(DatasetEvaluator):
+class GeneralizedRefExpEvaluator(ExpressionEvaluator):
     """Share of expressions, of any number of targets, that are answered by exactly these.
 
     Results, in percent: ``{"grefexp": {"Pr@F1", "Pr@F1_giou", "N-acc", "T-acc", "<data set>/Pr@F1",
@@ -248,6 +220,10 @@ class GeneralizedRefExpEvaluator(DatasetEvaluator):
             form of ``parse_generalized_expressions``.
     """
 
+    file_name = "grefexp_predictions.json"
+    empty_entry = "An expression that is answered by nothing has an entry too, with empty lists."
+    parse = staticmethod(parse_generalized_expressions)
+
     def __init__(
         self,
         dataset_name: str | None = None,
@@ -263,24 +239,10 @@ class GeneralizedRefExpEvaluator(DatasetEvaluator):
             raise ValueError(f"topk must be at least 1 (or None), got {topk}.")
         if not 0 < iou_thresh <= 1:
             raise ValueError(f"iou_thresh must be above 0 and at most 1, got {iou_thresh}.")
-        if json_file is None and dataset_name is not None:
-            json_file = MetadataCatalog.get(dataset_name).get("json_file")
-        if json_file is None:
-            raise ValueError(
-                f"Evaluation of referring expressions of {dataset_name!r} needs json_file, as an "
-                "argument or in the data set's metadata."
-            )
-        self.json_file = Path(json_file)
-        self.expressions = read_generalized_expressions(json_file)
+        super().__init__(dataset_name, json_file, output_dir, distributed)
         self._score_thresh = score_thresh
         self._topk = topk
         self._iou_thresh = iou_thresh
-        self._output_dir = output_dir
-        self._distributed = distributed
-        self._records: list[Record] = []
-
-    def reset(self) -> None:
-        self._records = []
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """
@@ -288,52 +250,14 @@ class GeneralizedRefExpEvaluator(DatasetEvaluator):
             ValueError: a prompt has no target. Nothing could be found by it, and an expression
                 without target would be right whatever the model is.
         """
-        for item, output in zip(inputs, outputs):
+        for item in inputs:
             if not _asks(item.get("prompt")):
                 raise ValueError(
                     f"Expression {item['image_id']} asks for nothing. Name its characters in "
                     "tokens_positive_eval of its 'image', for example [[[0, 9]]] for the whole of "
                     "a caption of 9 characters."
                 )
-            instances = output["instances"].to("cpu")
-            self._records.append(
-                {
-                    "image_id": item["image_id"],
-                    "boxes": instances.pred_boxes.tensor.detach().tolist(),
-                    "scores": instances.scores.detach().tolist(),
-                }
-            )
-
-    def evaluate(self) -> dict[str, dict[str, float]]:
-        records = gather_records(self._records, distributed=self._distributed)
-        if records is None:
-            return {}
-        if self._output_dir is not None:
-            save_json(records, Path(self._output_dir) / "grefexp_predictions.json")
-        results = self.score(records)
-        self._log(results["grefexp"])
-        return results
-
-    def score_file(self, path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
-        """Results of saved predictions, a file as ``grefexp_predictions.json``.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is of another form or data set, or lacks expressions.
-        """
-        records = read_records(path, ("image_id", "boxes", "scores"))
-        predicted = dict.fromkeys(record["image_id"] for record in records)
-        known = dict.fromkeys(self.expressions.ids)
-        foreign = [image_id for image_id in predicted if image_id not in known]
-        if foreign:
-            raise foreign_error(path, foreign, self.json_file)
-        missing = [image_id for image_id in known if image_id not in predicted]
-        if missing:
-            raise ValueError(
-                f"{path} lacks {len(missing)} of {len(known)} expressions: {some_of(missing)}. An "
-                "expression that is answered by nothing has an entry too, with empty lists."
-            )
-        return self.score(records)
+        super().process(inputs, outputs)
 
     def score(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """Results of saved predictions; see ``answered_boxes`` for their form."""
@@ -350,18 +274,13 @@ class GeneralizedRefExpEvaluator(DatasetEvaluator):
         right["T-acc"] = answered > 0
         concerned = {"N-acc": num_targets == 0, "T-acc": num_targets > 0}
         results: dict[str, float] = OrderedDict()
-        for prefix, members in self._groups():
+        for prefix, members in self.groups():
             for name in _METRICS:
                 results[prefix + name] = _percent(right[name][members & concerned.get(name, True)])
         return OrderedDict(grefexp=results)
 
-    def _groups(self) -> list[tuple[str, np.ndarray]]:
-        datasets = self.expressions.datasets
-        return [("", np.ones(len(datasets), dtype=bool))] + [
-            (f"{name}/", datasets == name) for name in self.expressions.dataset_names
-        ]
-
-    def _log(self, results: Mapping[str, float]) -> None:
+    def log(self, results: dict[str, dict[str, float]]) -> None:
+        numbers = results["grefexp"]
         num_targets = self.expressions.num_targets
         rows = [
             [
@@ -370,9 +289,9 @@ class GeneralizedRefExpEvaluator(DatasetEvaluator):
                     int((members & kind).sum())
                     for kind in (num_targets == 0, num_targets == 1, num_targets > 1)
                 ),
-                *(results[prefix + name] for name in _METRICS),
+                *(numbers[prefix + name] for name in _METRICS),
             ]
-            for prefix, members in self._groups()
+            for prefix, members in self.groups()
         ]
         table = tabulate(
             rows,
@@ -386,12 +305,7 @@ class GeneralizedRefExpEvaluator(DatasetEvaluator):
 
 
 def _best_boxes(record: Record, score_thresh: float, topk: int | None) -> np.ndarray:
-    boxes = np.asarray(record["boxes"], dtype=np.float32).reshape(-1, 4)
-    scores = np.asarray(record["scores"], dtype=np.float64)
-    if len(boxes) != len(scores):
-        raise ValueError(
-            f"Expression {record['image_id']} has {len(boxes)} boxes but {len(scores)} scores."
-        )
+    boxes, scores = arrays_of(record, np.float64)
     order = np.argsort(-scores, kind="stable")
     return boxes[order[scores[order] >= score_thresh][:topk]]
 

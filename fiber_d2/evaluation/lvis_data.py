@@ -6,14 +6,14 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Union
 
 import numpy as np
-from detectron2.utils.file_io import PathManager
 
 from fiber_d2.data.categories import require
 from fiber_d2.evaluation.records import Record
+from fiber_d2.evaluation.saved import read_records
+from fiber_d2.files import replacing
 
 # Detections written to a file at a time.
 _ROWS_AT_ONCE = 100_000
@@ -178,7 +178,7 @@ def parse_detections(truth: LVISGroundTruth, detections: Detections) -> LVISDete
     source = "the detections"
     if isinstance(detections, (str, os.PathLike)):
         source = os.fspath(detections)
-        detections = _read_list(source)
+        detections = read_records(source)
     image_index = {image_id: index for index, image_id in enumerate(truth.image_ids)}
     category_index = {category_id: index for index, category_id in enumerate(truth.category_ids)}
     try:
@@ -211,21 +211,14 @@ def write_detections(
     Rows become text some at a time: there may be millions, and as dicts they take some twenty
     times the memory.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     order = np.argsort(detections.image, kind="stable")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write("[")
-            for start in range(0, len(order), _ROWS_AT_ONCE):
-                part = detections[order[start : start + _ROWS_AT_ONCE]]
-                file.write(", " if start else "")
-                file.write(json.dumps(_records(truth, part))[1:-1])
-            file.write("]")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(b"[")
+        for start in range(0, len(order), _ROWS_AT_ONCE):
+            part = detections[order[start : start + _ROWS_AT_ONCE]]
+            file.write(b", " if start else b"")
+            file.write(json.dumps(_records(truth, part))[1:-1].encode())
+        file.write(b"]")
 
 
 def _records(truth: LVISGroundTruth, detections: LVISDetections) -> list[Record]:
@@ -256,16 +249,3 @@ def _by_id(
             )
         entries[entry["id"]] = entry
     return dict(sorted(entries.items(), key=lambda item: item[0]))
-
-
-def _read_list(path: str) -> list[Record]:
-    if not PathManager.isfile(path):
-        raise FileNotFoundError(f"The result file {path} does not exist.")
-    try:
-        with PathManager.open(path, "r", encoding="utf-8") as file:
-            content = json.load(file)
-    except ValueError as error:  # bad json as well as bad utf-8
-        raise ValueError(f"The result file {path} is not json: {error}") from error
-    if not isinstance(content, list):
-        raise ValueError(f"The result file {path} is not a list of detections.")
-    return content

@@ -196,6 +196,15 @@ class LVISFixedAPEvaluator(DatasetEvaluator):
             for kind, metrics in results.items()
         )
 
+    def score_file(self, path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+        """Results of saved predictions, a file as ``lvis_instances_results.json``.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is of another form, or of another data set.
+        """
+        return self.score(path)
+
     def _add(self, image: int, instances: Instances) -> None:
         boxes = instances.pred_boxes.tensor.detach().cpu().float().numpy().copy()
         boxes[:, 2:] -= boxes[:, :2]

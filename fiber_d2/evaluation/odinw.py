@@ -18,7 +18,7 @@ from tabulate import tabulate
 
 from fiber_d2.data import build_test_loader, register_all_builtin
 from fiber_d2.data.catalog import BUILTIN, ODINW13, ODINW35
-from fiber_d2.evaluation.records import save_json
+from fiber_d2.files import save_json
 
 logger = logging.getLogger(__name__)
 

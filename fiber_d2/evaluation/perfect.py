@@ -23,6 +23,7 @@ from detectron2.structures import Boxes, Instances
 from fiber_d2.evaluation.coco import GroundedCOCOEvaluator
 from fiber_d2.evaluation.description import DescriptionEvaluator
 from fiber_d2.evaluation.entities import EntityImage, image_key
+from fiber_d2.evaluation.expressions import xywh_corners
 from fiber_d2.evaluation.flickr import FlickrRecallEvaluator
 from fiber_d2.evaluation.generalized_refexp import GeneralizedRefExpEvaluator
 from fiber_d2.evaluation.lvis_data import LVISDetections
@@ -85,7 +86,7 @@ def check_coco(
         if not annotation.get("iscrowd", 0):
             detections[annotation["image_id"]].append(annotation)
     for image_id, of_image in detections.items():
-        boxes = _corners([a["bbox"] for a in of_image])
+        boxes = xywh_corners([a["bbox"] for a in of_image])
         classes = [contiguous[a["category_id"]] for a in of_image]
         quiet.process([{"image_id": image_id}], [_perfect(boxes, classes)])
     flat = [d for prediction in quiet._predictions for d in prediction["instances"]]
@@ -353,12 +354,6 @@ def _largest_first(boxes: np.ndarray) -> np.ndarray:
 
 def _areas(boxes: np.ndarray) -> np.ndarray:
     return np.prod(np.clip(boxes[:, 2:] - boxes[:, :2], 0, None), axis=1)
-
-
-def _corners(boxes: Sequence[Sequence[float]]) -> np.ndarray:
-    corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    corners[:, 2:] += corners[:, :2]
-    return corners
 
 
 def _bounded(max_images: int, num_classes: int) -> int:

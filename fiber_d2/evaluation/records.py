@@ -1,12 +1,9 @@
-"""What evaluators share: bringing prediction records to the main process, and saving them."""
+"""What evaluators share: bringing prediction records to the main process."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import Any
 
 from detectron2.utils import comm
@@ -37,15 +34,3 @@ def keep_first(
     for record in records:
         unique.setdefault(key(record), record)
     return unique, len(records) - len(unique)
-
-
-def save_json(value: Any, path: str | os.PathLike[str]) -> None:
-    """Write ``value`` as JSON so that ``path`` never holds half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(value), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
 from tabulate import tabulate
 
+from fiber_d2.evaluation.expressions import (
+    ExpressionEvaluator,
+    arrays_of,
+    match_records,
+    read_ground_truth,
+    xywh_corners,
+)
 from fiber_d2.evaluation.overlap import first_hit_ranks
-from fiber_d2.evaluation.records import Record, gather_records, keep_first, save_json
-from fiber_d2.evaluation.saved import foreign_error, read_records, some_of
+from fiber_d2.evaluation.records import Record
 
 logger = logging.getLogger(__name__)
 
@@ -74,26 +76,16 @@ def parse_expressions(content: Mapping[str, Any]) -> Expressions:
     return Expressions(
         ids=tuple(image["id"] for image in images),
         datasets=np.asarray([image.get("dataset_name", "refexp") for image in images]),
-        boxes=_corners([boxes[image["id"]] for image in images]),
+        boxes=xywh_corners([boxes[image["id"]] for image in images]),
         candidates=tuple(
-            _corners(image["candidates"]) if "candidates" in image else None for image in images
+            xywh_corners(image["candidates"]) if "candidates" in image else None for image in images
         ),
     )
 
 
 def read_expressions(json_file: str | os.PathLike[str]) -> Expressions:
     """``parse_expressions`` of a file, with errors that name it."""
-    path = Path(json_file)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: it should hold the referring expressions to evaluate."
-        )
-    try:
-        return parse_expressions(json.loads(path.read_text(encoding="utf-8")))
-    except KeyError as error:
-        raise ValueError(f"{path}: an entry lacks {error}.") from error
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    return read_ground_truth(json_file, parse_expressions)
 
 
 def ranked_predictions(expressions: Expressions, records: Sequence[Record]) -> list[np.ndarray]:
@@ -106,20 +98,8 @@ def ranked_predictions(expressions: Expressions, records: Sequence[Record]) -> l
     Returns:
         Per expression float32 ``(n, 4)``; empty, and so a miss, where there is no record.
     """
-    by_id, repeats = keep_first(records, lambda record: record["image_id"])
-    if repeats:
-        logger.info("%d repeated expressions: the first prediction of each counts.", repeats)
-    unknown = len(set(by_id) - set(expressions.ids))
-    if unknown:
-        logger.warning("Ignored the predictions of %d unknown expressions.", unknown)
-    missing = sum(image_id not in by_id for image_id in expressions.ids)
-    if missing:
-        logger.warning(
-            "%d of %d expressions have no prediction; each counts as a miss.",
-            missing,
-            len(expressions.ids),
-        )
-    return [_ranked_boxes(by_id.get(image_id, _NO_BOXES)) for image_id in expressions.ids]
+    found = match_records(expressions.ids, records, consequence="each counts as a miss")
+    return [_ranked_boxes(_NO_BOXES if record is None else record) for record in found]
 
 
 def expression_precision(
@@ -145,7 +125,7 @@ def expression_precision(
     }
 
 
-class RefExpEvaluator(DatasetEvaluator):
+class RefExpEvaluator(ExpressionEvaluator):
     """P@k of referring expressions: the share whose first k boxes hold one on the object meant.
 
     Results, in percent: ``{"refexp": {"P@1", "P@1_giou", "<data set>/P@1", ...}}``. Names without
@@ -165,6 +145,10 @@ class RefExpEvaluator(DatasetEvaluator):
             form of ``parse_expressions``.
     """
 
+    file_name = "refexp_predictions.json"
+    empty_entry = "An expression without a box has an entry too, with empty lists."
+    parse = staticmethod(parse_expressions)
+
     def __init__(
         self,
         dataset_name: str | None = None,
@@ -177,63 +161,9 @@ class RefExpEvaluator(DatasetEvaluator):
     ) -> None:
         if not topk or min(topk) < 1:
             raise ValueError(f"topk must hold positive numbers, got {topk}.")
-        if json_file is None and dataset_name is not None:
-            json_file = MetadataCatalog.get(dataset_name).get("json_file")
-        if json_file is None:
-            raise ValueError(
-                f"Evaluation of referring expressions of {dataset_name!r} needs json_file, as an "
-                "argument or in the data set's metadata."
-            )
-        self.json_file = Path(json_file)
-        self.expressions = read_expressions(json_file)
+        super().__init__(dataset_name, json_file, output_dir, distributed)
         self._topk = tuple(topk)
         self._iou_thresh = iou_thresh
-        self._output_dir = output_dir
-        self._distributed = distributed
-        self._records: list[Record] = []
-
-    def reset(self) -> None:
-        self._records = []
-
-    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        for item, output in zip(inputs, outputs):
-            instances = output["instances"].to("cpu")
-            self._records.append(
-                {
-                    "image_id": item["image_id"],
-                    "boxes": instances.pred_boxes.tensor.detach().tolist(),
-                    "scores": instances.scores.detach().tolist(),
-                }
-            )
-
-    def evaluate(self) -> dict[str, dict[str, float]]:
-        records = gather_records(self._records, distributed=self._distributed)
-        if records is None:
-            return {}
-        if self._output_dir is not None:
-            save_json(records, Path(self._output_dir) / "refexp_predictions.json")
-        results = self.score(records)
-        _log_table(results["refexp"], self._topk, self.expressions)
-        return results
-
-    def score_file(self, path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
-        """Results of saved predictions, a file as ``refexp_predictions.json``.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is of another form or data set, or lacks expressions.
-        """
-        records = read_records(path, ("image_id", "boxes", "scores"))
-        predicted, known = {r["image_id"] for r in records}, set(self.expressions.ids)
-        if predicted - known:
-            raise foreign_error(path, sorted(predicted - known, key=str), self.json_file)
-        missing = [image_id for image_id in self.expressions.ids if image_id not in predicted]
-        if missing:
-            raise ValueError(
-                f"{path} lacks {len(missing)} of {len(known)} expressions: {some_of(missing)}. An "
-                "expression without a box has an entry too, with empty lists."
-            )
-        return self.score(records)
 
     def score(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """Results of saved predictions; see ``ranked_predictions`` for their form."""
@@ -241,16 +171,13 @@ class RefExpEvaluator(DatasetEvaluator):
         ranked = ranked_predictions(self.expressions, records)
         for suffix, generalized in (("", False), ("_giou", True)):
             ranks = _hit_ranks(self.expressions, ranked, self._iou_thresh, generalized)
-            for prefix, members in self._groups():
+            for prefix, members in self.groups():
                 for k in self._topk:
                     results[f"{prefix}P@{k}{suffix}"] = 100 * float((ranks[members] < k).mean())
         return OrderedDict(refexp=results)
 
-    def _groups(self) -> list[tuple[str, np.ndarray]]:
-        datasets = self.expressions.datasets
-        return [("", np.ones(len(datasets), dtype=bool))] + [
-            (f"{name}/", datasets == name) for name in self.expressions.dataset_names
-        ]
+    def log(self, results: dict[str, dict[str, float]]) -> None:
+        _log_table(results["refexp"], self._topk, self.expressions)
 
 
 def _hit_ranks(
@@ -268,20 +195,8 @@ def _hit_ranks(
 
 def _ranked_boxes(record: Record) -> np.ndarray:
     """Boxes best first; of equal scores the larger (x1, y1, x2, y2) first, as in the original."""
-    boxes = np.asarray(record["boxes"], dtype=np.float32).reshape(-1, 4)
-    scores = np.asarray(record["scores"], dtype=np.float32)
-    if len(boxes) != len(scores):
-        raise ValueError(
-            f"Expression {record['image_id']} has {len(boxes)} boxes but {len(scores)} scores."
-        )
+    boxes, scores = arrays_of(record, np.float32)
     return boxes[np.lexsort((*-boxes.T[::-1], -scores))]
-
-
-def _corners(boxes: Sequence[Sequence[float]]) -> np.ndarray:
-    """XYWH to continuous XYXY, float64 ``(n, 4)``."""
-    corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    corners[:, 2:] += corners[:, :2]
-    return corners
 
 
 def _log_table(results: Mapping[str, float], topk: Sequence[int], expressions: Expressions) -> None:

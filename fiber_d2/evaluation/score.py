@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,19 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from tabulate import tabulate
 
 from fiber_d2.data import register_coco_json
-from fiber_d2.data.records import check_registered
-from fiber_d2.evaluation.build import EVALUATORS
-from fiber_d2.evaluation.records import save_json
+from fiber_d2.evaluation.build import build_evaluator
 from fiber_d2.evaluation.saved import read_records
 from fiber_d2.evaluation.settings import describe_evaluator, library_versions, without_nan
+from fiber_d2.files import save_json
 
-# Set by the command line itself, or of no use to it.
-_OWN_ARGUMENTS = ("self", "dataset_name", "json_file", "output_dir", "distributed")
 _ERRORS = (ValueError, KeyError, FileNotFoundError, ModuleNotFoundError)
 
 DESCRIPTION = """Score predictions that an evaluation has saved beside its results.json
@@ -39,7 +34,7 @@ def score_predictions(
     Args:
         predictions: as an evaluator of the data set has saved it.
         dataset: registered data set.
-        options: arguments of the evaluator; "iou" stands for its IoU threshold.
+        options: arguments of the evaluator; "iou" stands for ``iou_thresh``.
 
     Returns:
         Results as of the evaluator, and the evaluator.
@@ -49,7 +44,8 @@ def score_predictions(
         FileNotFoundError: predictions or ground truth do not exist.
         ValueError: predictions of another data set or form, or an option that there is not.
     """
-    evaluator = make_evaluator(dataset, options or {})
+    given = {"iou_thresh" if key == "iou" else key: x for key, x in (options or {}).items()}
+    evaluator = build_evaluator(dataset, distributed=False, **given)
     if hasattr(evaluator, "score_file"):
         return evaluator.score_file(predictions), evaluator
     if hasattr(evaluator, "score"):
@@ -58,35 +54,6 @@ def score_predictions(
         f"{type(evaluator).__name__}, the evaluator of {dataset!r}, cannot score a file: it has "
         "neither score_file(path) nor score(records)."
     )
-
-
-def make_evaluator(dataset: str, options: Mapping[str, Any]) -> DatasetEvaluator:
-    """The evaluator of a data set, with arguments of its own.
-
-    Raises:
-        KeyError, ValueError: as of :func:`score_predictions`.
-    """
-    check_registered(dataset)
-    kind = MetadataCatalog.get(dataset).get("evaluator_type")
-    if kind not in EVALUATORS:
-        raise ValueError(
-            f"Data set {dataset!r} has evaluator_type {kind!r}, which no evaluator serves: "
-            f"{', '.join(sorted(EVALUATORS))}."
-        )
-    parameters = inspect.signature(EVALUATORS[kind]).parameters
-    known = [name for name in parameters if name not in _OWN_ARGUMENTS]
-    given = {}
-    for name, value in options.items():
-        name = "iou_thresh" if name == "iou" else name
-        if name not in known:
-            raise ValueError(
-                f"The evaluator of {dataset!r} has no option {name!r}; it has: {', '.join(known)}."
-            )
-        given[name] = value
-    try:
-        return EVALUATORS[kind](dataset, output_dir=None, distributed=False, **given)
-    except TypeError as error:
-        raise ValueError(f"The evaluator of {dataset!r} takes no such options: {error}.") from error
 
 
 def build_argument_parser() -> argparse.ArgumentParser:

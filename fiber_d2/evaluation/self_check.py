@@ -15,7 +15,8 @@ from typing import Any
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
-from fiber_d2.data.records import load_records
+from fiber_d2.data.catalog import DETECTION
+from fiber_d2.data.records import ground_truth_kind, load_records
 from fiber_d2.evaluation.perfect import CHECKS, MAX_SCORED, spread
 from fiber_d2.evaluation.records import Record
 from fiber_d2.evaluation.saved import some_of
@@ -124,6 +125,6 @@ def check_prompts(
 
 
 def _class_names(dataset_name: str, records: Sequence[Record]) -> Sequence[str] | None:
-    metadata = MetadataCatalog.get(dataset_name)
-    kind = metadata.get("ground_truth", "grounding" if "caption" in records[0] else "detection")
-    return metadata.get("thing_classes") if kind == "detection" else None
+    if ground_truth_kind(dataset_name, records) != DETECTION:
+        return None
+    return MetadataCatalog.get(dataset_name).get("thing_classes")

@@ -111,9 +111,6 @@ class FiberWithTTA(nn.Module):
         self.max_candidates = max_candidates
         self.batch_views = batch_views
         self.legacy_boxes = legacy_boxes
-        self.method = method
-        self.threshold = threshold
-        self.max_detections = max_detections
         self.merge = partial(
             merge_detections,
             method=method,

@@ -13,7 +13,8 @@ from detectron2.config import instantiate
 from fiber_d2.checkpoint import export_fiber_state_dict
 from fiber_d2.engine.evaluate import build_test_sets
 from fiber_d2.engine.overrides import load_config
-from fiber_d2.engine.train import run_lazy_config
+from fiber_d2.engine.train import evaluate_only, run_lazy_config
+from fiber_d2.evaluation.settings import describe_evaluator
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = REPOSITORY / "configs" / "eval"
@@ -156,6 +157,42 @@ def test_prompts_of_custom_data(prompts, caption, catalog, small):
 def test_a_forgotten_option_is_named(catalog, small):
     with pytest.raises(ValueError, match="add --eval-only"):
         run_lazy_config(load("coco_zeroshot", catalog, *small))
+
+
+def test_options_of_evaluators_are_arguments_of_their_node(catalog, small):
+    cfg = load("coco_zeroshot", catalog, *small, "dataloader.evaluator.legacy_boxes=true")
+    (test_set,) = build_test_sets(cfg)
+    assert describe_evaluator(test_set.evaluator)["settings"]["legacy_boxes"] is True
+
+
+TTA_RECIPE = """
+from fiber_d2.engine.overrides import load_config
+cfg = load_config("{recipe}", {overrides!r})
+tta = load_config("{common}/tta.py", []).tta
+model, dataloader, train = cfg.model, cfg.dataloader, cfg.train
+train.tta = tta
+train.tta.update(scales=[48, 64], ranges=None, max_size=128)
+dataloader.test.augmentations = []
+dataloader.test.mirrored_prompt = True
+protocol = cfg.protocol
+"""
+
+
+@pytest.mark.slow
+def test_with_test_time_augmentation(catalog, small, tmp_path, checkpoints):
+    own = [*small, f"train.output_dir={tmp_path}", f"train.init_checkpoint={checkpoints}/v3.pth"]
+    recipe = TTA_RECIPE.format(
+        recipe=path_of("refcoco_val"), overrides=own, common=REPOSITORY / "configs" / "common"
+    )
+    (tmp_path / "tta.py").write_text(recipe)
+    cfg = load_config(str(tmp_path / "tta.py"), [])
+    results = evaluate_only(cfg)["refcoco_val"]["refexp"]
+    assert 0 <= results["P@1"] <= 100
+    content = results_in(tmp_path)["refcoco_val"]
+    assert content["protocol"]["test_time_augmentation"]["scales"] == [48, 64]
+    assert content["protocol"]["prompts_and_images"]["augmentations"] == []
+    predictions = tmp_path / "inference" / "refcoco_val" / "refexp_predictions.json"
+    assert any(record["boxes"] for record in json.loads(predictions.read_text()))
 
 
 # The rest runs the program.

@@ -9,7 +9,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from fiber_d2.data import load_grounding_json, register_coco_json
+from fiber_d2.data import load_grounding_json, register_all_builtin, register_coco_json
 
 CAPTIONS = [
     "the dog left of a big cat",
@@ -85,3 +85,11 @@ def names(coco, grounding):
     for name in ("tiny_detection", "tiny_grounding"):
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """The folder of all data sets, which the whole table reads for the length of a test."""
+    register_all_builtin(str(tmp_path))
+    yield tmp_path
+    register_all_builtin()

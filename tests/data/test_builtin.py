@@ -30,15 +30,6 @@ from fiber_d2.data.catalog import ODINW35
 
 README = Path(__file__).parents[2] / "datasets" / "README.md"
 CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 3, "name": "fire_truck"}]
-DEFAULT_ROOT = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-
-
-@pytest.fixture
-def root(tmp_path):
-    """The folder of all data sets, which the whole table reads for the length of a test."""
-    register_all_builtin(str(tmp_path))
-    yield tmp_path
-    register_all_builtin(DEFAULT_ROOT)
 
 
 def write(path, content):

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from fiber_d2.data import register_all_builtin
 from fiber_d2.data.catalog import BUILTIN, ODINW13, ODINW35
 from fiber_d2.data.catalog.odinw import ODINW_SETS
 from fiber_d2.text import build_detection_prompts, load_tokenizer
-
-DEFAULT_ROOT = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-
-
-@pytest.fixture
-def root(tmp_path):
-    register_all_builtin(str(tmp_path))
-    yield tmp_path
-    register_all_builtin(DEFAULT_ROOT)
 
 
 def write(path, classes):

@@ -22,7 +22,6 @@ from fiber_d2.data.validation import (
     repair,
     source_of_json,
     validate,
-    write_json,
 )
 from fiber_d2.text import load_tokenizer
 
@@ -137,15 +136,6 @@ def test_boxes_of_before_a_rotation_are_not_cut_to_the_turned_size(coco, tmp_pat
     assert repaired["images"][0] == content["images"][0]
     remaining = errors_after_repair(source, repaired, report.facts, OPTIONS)
     assert [f.check for f in remaining] == ["image-rotated-size"]
-
-
-def test_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "a.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert os.listdir(path.parent) == ["a.json"]
 
 
 @pytest.fixture(scope="module")

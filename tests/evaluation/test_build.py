@@ -67,5 +67,7 @@ def test_options_go_to_the_evaluator(register):
         found.append(evaluator.evaluate()["bbox"]["AP"])
     # The box of 4 x 4 pixels counts as 5 x 5, an IoU of 0.64.
     assert found == pytest.approx([100, 30])
-    with pytest.raises(ValueError, match="no option legacy_box; it has legacy_boxes"):
+    with pytest.raises(ValueError, match="no option 'legacy_box'; it has: legacy_boxes"):
         build_evaluator(name, legacy_box=True)
+    with pytest.raises(ValueError, match="takes no such options"):
+        build_evaluator(register("refexp"), topk="abc")

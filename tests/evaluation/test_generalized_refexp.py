@@ -163,7 +163,7 @@ def test_an_expression_that_was_not_predicted_is_wrong(evaluator, caplog):
     with caplog.at_level(logging.WARNING):
         results = evaluator(content).score([])["grefexp"]
     assert set(results.values()) == {0.0}
-    assert "40 of 40 expressions were not predicted" in caplog.text
+    assert "40 of 40 expressions have no prediction; each counts as wrong" in caplog.text
 
 
 def test_repeated_and_unknown_predictions_do_not_count(evaluator, caplog):

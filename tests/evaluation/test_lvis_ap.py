@@ -293,7 +293,7 @@ def test_files_that_are_missing_or_no_json(tmp_path):
         score_lvis(tmp_path / "nowhere.json", [])
     with pytest.raises(FileNotFoundError, match="nowhere.json"):
         score_lvis(truth, tmp_path / "nowhere.json")
-    with pytest.raises(ValueError, match="broken.json is not json"):
+    with pytest.raises(ValueError, match="broken.json is not JSON"):
         score_lvis(truth, broken)
     with pytest.raises(ValueError, match="truth.json is not a list"):
         score_lvis(truth, truth)

@@ -6,7 +6,7 @@ go on where a reader has to stop. What passes without an error can be read.
 
 from .checks import CHECKS, Check, Finding
 from .repair import REPAIRS, repair
-from .report import format_report, report_as_dict, write_json
+from .report import format_report, report_as_dict
 from .run import Options, Report, errors_after_repair, validate
 from .samples import draw_samples
 from .sources import KINDS, Source, source_of_dataset, source_of_json
@@ -28,5 +28,4 @@ __all__ = [
     "source_of_dataset",
     "source_of_json",
     "validate",
-    "write_json",
 ]

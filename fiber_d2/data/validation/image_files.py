@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import multiprocessing
-import os
 import signal
 import warnings
 from collections import deque
@@ -17,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from fiber_d2.data.coco_json import path_within
 from fiber_d2.data.images import read_image
 
 from .checks import Finding
@@ -78,17 +78,12 @@ def locate(image: dict[str, Any], source: Source) -> Located:
             return ImageTask(name, name)
         record = {key: value for key, value in image.items() if key != "id"}
         return ImageTask((name, row), name, {**record, "image_id": image["id"]})
-    root, name = source.image_root or "", os.path.normpath(name)
+    root = source.image_root or ""
     if source.coco_image_root is not None and image.get("data_source") == "coco":
         root = source.coco_image_root
-    # As in the reader: compared as written, links inside of the folder are welcome.
-    if os.path.isabs(name):
-        outside = not name.startswith(os.path.join(os.path.abspath(root), ""))
-    else:
-        outside = name.split(os.sep)[0] == os.pardir
-    if outside:
+    path = path_within(root, name)
+    if path is None:
         return Finding("image-path", f"it leads out of {root}", **where(image))
-    path = os.path.join(root, name)
     return ImageTask(path, path)
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -144,17 +141,3 @@ def report_as_dict(report: Report) -> dict[str, Any]:
 def _as_dict(finding: Finding) -> dict[str, Any]:
     given = {key: value for key, value in finding._asdict().items() if value is not None}
     return {**given, "level": finding.level}
-
-
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write json so that ``path`` never holds half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            # Not json.dump, whose encoder is many times slower.
-            file.write(json.dumps(content))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

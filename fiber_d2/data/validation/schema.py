@@ -6,11 +6,11 @@ import os
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from fiber_d2.data.builtin import DETECTION, REFEXP
 from fiber_d2.data.catalog.entry import LVIS
 from fiber_d2.data.categories import read_categories
+from fiber_d2.data.readers import end_of_url
 
 from .checks import ERROR, Finding
 from .sources import Contents, Item, Source
@@ -36,18 +36,9 @@ def file_name_of(image: dict[str, Any], source: Source) -> str | None:
     LVIS names the file by the last two parts of a url.
     """
     url = image.get("coco_url")
-    name = _end_of_url(url) if source.file_format == LVIS and url else image.get("file_name")
+    name = end_of_url(url) if source.file_format == LVIS and url else image.get("file_name")
     usable = is_text(name) and "\0" not in name and os.path.normpath(name) != os.curdir
     return name if usable else None
-
-
-def _end_of_url(url: Any) -> str | None:
-    """Folder and file name that a url ends in, None where it does not."""
-    try:
-        parts = urlsplit(url).path.split("/") if isinstance(url, str) else []
-    except ValueError:
-        return None
-    return "/".join(parts[-2:]) if len(parts) > 1 and all(parts[-2:]) else None
 
 
 def is_background(name: Any) -> bool:

@@ -17,7 +17,7 @@ from fiber_d2.data.catalog.entry import COCO, LVIS
 from fiber_d2.data.categories import ClassNames
 from fiber_d2.data.class_prompts import ClassPrompts
 from fiber_d2.data.coco_json import existing_root, require_file
-from fiber_d2.data.records import load_records
+from fiber_d2.data.records import check_registered, ground_truth_kind
 
 from .checks import Finding
 
@@ -132,8 +132,7 @@ def source_of_dataset(name: str, *, kind: str | None = None, with_masks: bool = 
         FileNotFoundError: its annotations do not exist; says where they belong.
         ValueError: the kind is unknown.
     """
-    if name not in DatasetCatalog.list():
-        load_records(name)  # raises, with the names that are close to it
+    check_registered(name)
     metadata, loader = MetadataCatalog.get(name), DatasetCatalog[name]
     kind = kind or metadata.get("ground_truth")
     _check_kind(kind)
@@ -162,8 +161,7 @@ def source_of_dataset(name: str, *, kind: str | None = None, with_masks: bool = 
 def _source_of_records(name: str, kind: str | None) -> Source:
     try:
         records = DatasetCatalog.get(name)
-        if kind is None:
-            kind = GROUNDING if len(records) and "caption" in records[0] else DETECTION
+        kind = kind or ground_truth_kind(name, records)
     except (ValueError, AssertionError) as error:  # Detectron2's own readers assert
         return Source(name, kind or DETECTION, broken=str(error))
     names = MetadataCatalog.get(name).get("thing_classes") or []

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+from fiber_d2.data import coco_json
 from fiber_d2.text.prompts import shorten
 
 Box = tuple[float, float, float, float]
@@ -14,12 +14,7 @@ Spans = list[tuple[int, int]]
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number; ``True`` and ``False`` are none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond the range of float
-        return False
+    return not isinstance(value, bool) and coco_json.is_number(value)
 
 
 def is_id(value: Any) -> bool:
