@@ -295,7 +295,7 @@ def test_files_that_are_missing_or_no_json(tmp_path):
         score_lvis(truth, tmp_path / "nowhere.json")
     with pytest.raises(ValueError, match="broken.json is not JSON"):
         score_lvis(truth, broken)
-    with pytest.raises(ValueError, match="truth.json is not a list"):
+    with pytest.raises(ValueError, match="truth.json must hold a list"):
         score_lvis(truth, truth)
     with pytest.raises(ValueError, match="must be positive"):
         score_lvis(truth, [], topk_per_class=0)
