@@ -30,8 +30,8 @@ protocol = dict(
     max_classes=None,
     # The original pads all captions to this length, we to the longest: the numbers are the same.
     max_tokens=256,
-    # Images at a time in each process. As in the original, padding to a common size is not masked,
-    # so images that share a batch give the numbers of one alone only where their sizes agree.
+    # Images at a time in each process; the numbers are those of one at a time. Those of a batch
+    # that are padded to the same multiples of 32 pixels pass the model together, the others apart.
     batch_size=1,
     num_workers=4,
 )

@@ -133,7 +133,26 @@ class FIBER(nn.Module):
 
     @torch.no_grad()
     def inference(self, batched_inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Instances]]:
-        """Detections; what depends on the image alone is computed once for all its prompts."""
+        """Detections; what depends on the image alone is computed once for all its prompts.
+
+        Numbers of an image do not depend on the batch it is in. Padding is not masked (the
+        weights were trained with it), so only images that need the same padded size pass
+        together; captions may differ.
+        """
+        unit = self.backbone.size_divisibility
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, item in enumerate(batched_inputs):
+            size = tuple(-(-side // unit) for side in item["image"].shape[-2:])
+            groups.setdefault(size, []).append(index)
+        detections: list[dict[str, Instances]] = [{} for _ in batched_inputs]
+        for members in groups.values():
+            results = self._detect_images([batched_inputs[index] for index in members])
+            for index, result in zip(members, results):
+                detections[index]["instances"] = result
+        return detections
+
+    def _detect_images(self, batched_inputs: Sequence[Mapping[str, Any]]) -> list[Instances]:
+        """Detections of images of one padded size, in pixels of the original images."""
         images = self.preprocess_images(batched_inputs)
         prompts, image_index = [], []
         for index, item in enumerate(batched_inputs):
@@ -156,10 +175,9 @@ class FIBER(nn.Module):
         for item, results in zip(batched_inputs, collected):
             merged = self.head.postprocessor.merge(results)
             height, width = merged.image_size
-            resized = detector_postprocess(
-                merged, item.get("height", height), item.get("width", width)
+            detections.append(
+                detector_postprocess(merged, item.get("height", height), item.get("width", width))
             )
-            detections.append({"instances": resized})
         return detections
 
     def _detect(

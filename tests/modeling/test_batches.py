@@ -1,7 +1,8 @@
 """What may share a batch without changing numbers, and maps of awkward sizes.
 
 Padding of images is not masked (the model specification, section 2), so an image gives the same
-numbers alone and in a batch only where both are padded to the same size.
+numbers alone and in a batch only where both are padded to the same size. Training pads a batch to
+its largest image; inference lets only images of the same padded size pass together.
 """
 
 import pytest
@@ -95,20 +96,30 @@ def make_input(height, width, length, seed):
     return {"image": image, "height": height, "width": width, "prompt": prompt}
 
 
-def test_batches_of_different_sizes_through_the_whole_model(model):
-    """Every image alone, next to a blank one that pads it like the batch did."""
-    inputs = [make_input(61, 90, 6, 1), make_input(96, 50, 9, 2)]
-    blank = make_input(96, 90, 5, 3)
+def test_batches_of_any_sizes_and_prompts_give_the_numbers_of_single_images(model):
+    inputs = [
+        make_input(61, 90, 6, 1),
+        make_input(96, 50, 9, 2),
+        make_input(64, 96, 4, 3),  # padded to the size of the first one
+        make_input(96, 90, 12, 4),
+    ]
+    inputs[1]["prompt"] = [inputs[1]["prompt"], make_input(1, 1, 5, 5)["prompt"]]
+    sizes = []
+    model.backbone.swin.patch_embed.register_forward_hook(
+        lambda module, args, output: sizes.append(tuple(args[0].shape))
+    )
     together = model(inputs)
+    assert sizes == [(2, 3, 64, 96), (1, 3, 96, 64), (1, 3, 96, 96)]
     for item, expected in zip(inputs, together):
-        found = model([item, blank])[0]["instances"]
-        expected = expected["instances"]
+        (found,) = model([item])
+        found, expected = found["instances"], expected["instances"]
         assert found.image_size == expected.image_size == (item["height"], item["width"])
         assert len(found) == len(expected) > 0
         torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
             found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-3, atol=1e-2
         )
+        assert torch.equal(found.pred_classes, expected.pred_classes)
         assert set(found.pred_classes.tolist()) <= {3, 8}
 
 
