@@ -32,7 +32,10 @@ def add_fiber_config(cfg: CfgNode) -> None:
     cfg.MODEL.FIBER.VISION.MLP_RATIO = 4.0
     cfg.MODEL.FIBER.VISION.DROP_PATH = 0.4
     cfg.MODEL.FIBER.VISION.PATCH_SIZE = 4
+    # -1 trains everything; 2, as in pre-training, leaves patch embedding and stage 1 alone.
     cfg.MODEL.FIBER.VISION.FROZEN_STAGES = -1
+    # Here, in TEXT and in TOWER: compute activations again in the backward pass, to save memory.
+    cfg.MODEL.FIBER.VISION.CHECKPOINT = False
 
     # fiber_d2.modeling.roberta.RobertaEncoder
     cfg.MODEL.FIBER.TEXT = CfgNode()
@@ -45,6 +48,9 @@ def add_fiber_config(cfg: CfgNode) -> None:
     cfg.MODEL.FIBER.TEXT.DROPOUT = 0.1
     cfg.MODEL.FIBER.TEXT.PAD_TOKEN_ID = 1
     cfg.MODEL.FIBER.TEXT.NORM_EPS = 1e-5
+    # Rows of a learnt addition to the embeddings, for prompt tuning; 0 for none.
+    cfg.MODEL.FIBER.TEXT.PROMPT_LENGTH = 0
+    cfg.MODEL.FIBER.TEXT.CHECKPOINT = False
 
     # fiber_d2.modeling.fpn.FeaturePyramid
     cfg.MODEL.FIBER.NECK = CfgNode()
@@ -59,6 +65,7 @@ def add_fiber_config(cfg: CfgNode) -> None:
     # "flat" reads offsets as the original's operator did; "resampled" is the geometric reading.
     cfg.MODEL.FIBER.TOWER.OFFSET_ADDRESSING = "flat"
     cfg.MODEL.FIBER.TOWER.ZERO_INIT_OFFSETS = True
+    cfg.MODEL.FIBER.TOWER.CHECKPOINT = False
 
     # fiber_d2.modeling.boxes.AnchorGrid
     cfg.MODEL.FIBER.ANCHORS = CfgNode()
@@ -93,6 +100,16 @@ def add_fiber_config(cfg: CfgNode) -> None:
     # Tokens of a caption, special tokens included.
     cfg.FIBER.MAX_TOKENS = 256
     cfg.FIBER.SEPARATOR = ". "
+
+    # The run: keys of the node `train` in configs/common/train.py, in upper case. Where None is
+    # allowed there, a node has the key ENABLED.
+    cfg.FIBER.TRAIN = CfgNode()
+    cfg.FIBER.TRAIN.LOG_PERIOD = 20
+    # The period is SOLVER.CHECKPOINT_PERIOD.
+    cfg.FIBER.TRAIN.CHECKPOINTER = CfgNode({"MAX_TO_KEEP": 3})
+    # Batches of SOLVER.IMS_PER_BATCH images that an optimiser step averages over.
+    cfg.FIBER.TRAIN.ACCUMULATE = 1
+    cfg.FIBER.TRAIN.MAX_NONFINITE = 10
 
     cfg.MODEL.META_ARCHITECTURE = "FIBER"
     cfg.MODEL.BACKBONE.NAME = "build_fiber_fusion_backbone"

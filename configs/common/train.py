@@ -9,6 +9,11 @@ train = dict(
     eval_period=5000,
     log_period=20,
     checkpointer=dict(period=5000, max_to_keep=3),
+    # Batches of dataloader.train.total_batch_size images that an optimiser step averages over;
+    # max_iter and all periods count optimiser steps.
+    accumulate=1,
+    # So many steps in a row whose loss is not finite end the training; they change no weights.
+    max_nonfinite=10,
     # "cuda" means the CPU where there is no GPU.
     device="cuda",
     # Mixed precision; dtype "bfloat16" or "float16", None chooses what the device is good at.

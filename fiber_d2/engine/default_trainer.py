@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import build_augmentation
-from detectron2.engine import DefaultTrainer, TrainerBase, hooks
+from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -23,14 +23,13 @@ from fiber_d2.evaluation import build_evaluator
 
 from .checkpointer import FiberCheckpointer
 from .evaluate import EvaluationOptions, TestSet, check_test_sets, evaluate_test_sets
-from .hooks import CheckpointHook, EvaluationHook, TrainingClock, build_writers
 from .optimizer import get_param_groups
 from .step import StepTrainer, choose_amp_dtype, name_the_iteration
 from .train import distribute, restore_random_state, set_up
+from .training_hooks import TrainingOptions, build_training_hooks
 
 logger = logging.getLogger(__name__)
 
-LOG_PERIOD = 20
 # Images drawn per test set.
 PICTURES = 12
 # SOLVER.CLIP_GRADIENTS.CLIP_TYPE for the norm of all gradients together; Detectron2 knows
@@ -48,6 +47,7 @@ class FiberTrainer(DefaultTrainer):
         # Not DefaultTrainer's own constructor: in Detectron2 0.6 it needs GPUs for mixed
         # precision, and its training loader cannot start in the middle.
         TrainerBase.__init__(self)
+        self.options = TrainingOptions.of_cfg_node(cfg)
         model = self.build_model(cfg)
         clip = cfg.SOLVER.CLIP_GRADIENTS
         full_model = clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL
@@ -57,14 +57,14 @@ class FiberTrainer(DefaultTrainer):
             optimizer,
             amp_dtype=choose_amp_dtype(cfg.MODEL.DEVICE) if cfg.SOLVER.AMP.ENABLED else None,
             clip_grad=clip.CLIP_VALUE if full_model else None,
-            log_period=LOG_PERIOD,
+            log_period=self.options.log_period,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = FiberCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
-        self._options = options or EvaluationOptions(pictures=PICTURES)
+        self._evaluation_options = options or EvaluationOptions(pictures=PICTURES)
         self._random_states: list[Any] = []
         self.register_hooks(self.build_hooks())
 
@@ -78,7 +78,7 @@ class FiberTrainer(DefaultTrainer):
     def build_hooks(self) -> list[Any]:
         cfg = self.cfg
         test_sets = self.build_test_sets(cfg)
-        if self._options.self_check:
+        if self._evaluation_options.self_check:
             check_test_sets(test_sets)
 
         def evaluate() -> dict[str, Any]:
@@ -86,25 +86,19 @@ class FiberTrainer(DefaultTrainer):
                 self.model,
                 test_sets,
                 output_dir=cfg.OUTPUT_DIR,
-                options=self._options,
+                options=self._evaluation_options,
                 checkpoint=f"{cfg.OUTPUT_DIR}, iteration {self.iter}",
                 storage=self.storage,
             )
             return self._last_eval_results
 
-        found = [
-            TrainingClock(),
-            hooks.IterationTimer(),
-            hooks.LRScheduler(),
-            CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
-            EvaluationHook(cfg.TEST.EVAL_PERIOD, evaluate) if test_sets else None,
-        ]
-        if comm.is_main_process():
-            found.append(hooks.PeriodicWriter(self.build_writers(), period=LOG_PERIOD))
-        return found
-
-    def build_writers(self) -> list[Any]:
-        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+        return build_training_hooks(
+            self.options,
+            model=self.checkpointer.model,
+            checkpointer=self.checkpointer,
+            scheduler=None,
+            evaluate=evaluate,
+        ).all
 
     def train(self) -> Any:
         self.data_loader = self.build_train_loader(self.cfg, start_index=self.start_iter)

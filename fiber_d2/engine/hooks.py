@@ -84,20 +84,32 @@ class EvaluationHook(HookBase):
     Args:
         period: iterations between two evaluations; 0 evaluates at the end only.
         evaluate: results as nested dicts of numbers; called in all processes.
+
+    Attributes:
+        results: of the last evaluation; empty in all processes but the main one.
+        last_iteration: the iteration after which it was made, in all processes; None before.
     """
 
     def __init__(self, period: int, evaluate: Callable[[], dict[str, Any]]) -> None:
         self.period = period
         self.evaluate = evaluate
         self.results: dict[str, Any] = {}
+        self.last_iteration: int | None = None
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether there is an evaluation after this iteration, which counts from 0."""
+        done = iteration + 1
+        return (self.period > 0 and done % self.period == 0) or done == self.trainer.max_iter
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        due = self.period > 0 and done % self.period == 0
-        if not due and done != self.trainer.max_iter:
-            return
+        if self.is_due(self.trainer.iter):
+            self.evaluate_now(self.trainer.iter)
+
+    def evaluate_now(self, iteration: int) -> None:
+        """Evaluate the weights after ``iteration``; all processes take part."""
         with preserved_random_state():
             self.results = self.evaluate()
+        self.last_iteration = iteration
         if comm.is_main_process():
             numbers = {
                 name: value
@@ -107,6 +119,22 @@ class EvaluationHook(HookBase):
             self.trainer.storage.put_scalars(**numbers, smoothing_hint=False)
         # Evaluation takes its time in each process: start the next iteration together.
         comm.synchronize()
+
+
+class WritersHook(hooks.PeriodicWriter):
+    """Detectron2's hook, whose files are not opened before training begins.
+
+    Args:
+        make_writers: called once, when training begins.
+        period: iterations between two writes.
+    """
+
+    def __init__(self, make_writers: Callable[[], list[EventWriter]], period: int) -> None:
+        super().__init__([], period)
+        self._make_writers = make_writers
+
+    def before_train(self) -> None:
+        self._writers = self._make_writers()
 
 
 def build_writers(output_dir: str, max_iter: int) -> list[EventWriter]:

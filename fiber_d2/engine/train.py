@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import hooks
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
@@ -24,11 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpointer import FiberCheckpointer
 from .evaluate import build_test_sets, check_test_sets, do_test
-from .hooks import CheckpointHook, EvaluationHook, TrainingClock, build_writers
 from .overrides import takes_argument
 from .randomness import set_random_state
 from .report import RunSummary
 from .step import StepTrainer, choose_amp_dtype
+from .training_hooks import TrainingOptions, build_training_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +143,7 @@ def do_train(
     """
     started = time.perf_counter() if started is None else started
     train = cfg.train
+    options = TrainingOptions.of(train)
     model = instantiate(cfg.model).to(train.device)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("The model has %.2f M trainable parameters", num_parameters / 1e6)
@@ -170,27 +170,21 @@ def do_train(
         where = f"{train.output_dir}, iteration {trainer.iter}"
         return do_test(cfg, model, test_sets=test_sets, checkpoint=where, storage=trainer.storage)
 
-    clock = TrainingClock()
-    evaluation = EvaluationHook(train.eval_period, evaluate)
-    trainer.register_hooks(
-        [
-            clock,
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            CheckpointHook(checkpointer, **train.checkpointer),
-            evaluation,
-        ]
+    hooks = build_training_hooks(
+        options,
+        model=model,
+        checkpointer=checkpointer,
+        scheduler=instantiate(cfg.lr_multiplier),
+        evaluate=evaluate,
     )
+    trainer.register_hooks(hooks.all)
     start_iter, random_states = start_or_resume(checkpointer, trainer, train, resume)
     if start_iter < train.max_iter:
-        if comm.is_main_process():
-            writers = build_writers(train.output_dir, train.max_iter)
-            trainer.register_hooks([hooks.PeriodicWriter(writers, period=train.log_period)])
         trainer.data_loader = build_train_loader(cfg, start_iter)
         trainer.start_loading()
         restore_random_state(random_states)
         trainer.train(start_iter, train.max_iter)
-        results = evaluation.results
+        results = hooks.evaluation.results
     else:
         logger.info("All %d iterations are done already: evaluation only", train.max_iter)
         results = do_test(cfg, model, test_sets=test_sets, checkpoint=final_checkpoint)
@@ -203,7 +197,7 @@ def do_train(
                 seed=train.seed,
                 num_parameters=num_parameters,
                 iterations=max(start_iter, train.max_iter),
-                train_seconds=clock.seconds,
+                train_seconds=hooks.clock.seconds,
                 total_seconds=time.perf_counter() - started,
             )
         )
