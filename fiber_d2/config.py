@@ -110,6 +110,13 @@ def add_fiber_config(cfg: CfgNode) -> None:
     # Batches of SOLVER.IMS_PER_BATCH images that an optimiser step averages over.
     cfg.FIBER.TRAIN.ACCUMULATE = 1
     cfg.FIBER.TRAIN.MAX_NONFINITE = 10
+    # What learns, see fiber_d2.engine.tuning; "" leaves it to the model.
+    cfg.FIBER.TRAIN.TUNING = ""
+    # Images per step that rates and lengths are for (0: not said), and "linear" or "sqrt" to adapt
+    # them to SOLVER.IMS_PER_BATCH, see fiber_d2.engine.scaling.
+    cfg.FIBER.TRAIN.SCALING = CfgNode({"REFERENCE_BATCH_SIZE": 0, "RULE": ""})
+    cfg.FIBER.TRAIN.TIMEOUT = 1800
+    cfg.FIBER.TRAIN.DDP = CfgNode({"STATIC_GRAPH": False, "GRADIENT_AS_BUCKET_VIEW": True})
 
     cfg.MODEL.META_ARCHITECTURE = "FIBER"
     cfg.MODEL.BACKBONE.NAME = "build_fiber_fusion_backbone"

@@ -6,11 +6,13 @@ from .dyrelu import DyReLU, hard_sigmoid
 from .focal_loss import token_sigmoid_focal_loss
 from .layer_norm import LayerNorm
 from .nms import class_aware_nms
+from .recompute import call_block
 
 __all__ = [
     "DropBlock2d",
     "DyReLU",
     "LayerNorm",
+    "call_block",
     "class_aware_nms",
     "flat_offset_view",
     "hard_sigmoid",

@@ -6,6 +6,7 @@ The model specification, section 4.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import nn
 
 from fiber_d2.layers import (
     DyReLU,
+    call_block,
     flat_offset_view,
     hard_sigmoid,
     modulated_deform_conv2d,
@@ -109,7 +111,14 @@ class DynamicHeadBlock(nn.Module):
 
 
 class DynamicHead(nn.Sequential):
-    """A stack of :class:`DynamicHeadBlock`."""
+    """A stack of :class:`DynamicHeadBlock`.
+
+    Args:
+        channels, norm_groups, offset_addressing, zero_init_offsets: of each block.
+        num_blocks: how many.
+        checkpoint: keep the input of each block in training, and compute the block again in the
+            backward pass.
+    """
 
     def __init__(
         self,
@@ -119,6 +128,7 @@ class DynamicHead(nn.Sequential):
         norm_groups: int = 16,
         offset_addressing: str = "flat",
         zero_init_offsets: bool = True,
+        checkpoint: bool = False,
     ) -> None:
         super().__init__(
             *(
@@ -132,3 +142,14 @@ class DynamicHead(nn.Sequential):
             )
         )
         self.channels = channels
+        self.checkpoint = checkpoint
+
+    def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Levels ``(P, C, H_l, W_l)``, finest first, to the same shapes."""
+        for block in self:
+            levels = call_block(partial(_of_levels, block), *levels, recompute=self.checkpoint)
+        return list(levels)
+
+
+def _of_levels(block: DynamicHeadBlock, *levels: torch.Tensor) -> list[torch.Tensor]:
+    return block(levels)

@@ -136,10 +136,10 @@ class FusionBackbone(Backbone):
         for number, stage in enumerate(self.swin.stages):
             if number == first_stage:
                 for block in stage.blocks[:first_block]:
-                    x = block(x)
+                    x = self.swin.call(block, x)
                 break
             for block in stage.blocks:
-                x = block(x)
+                x = self.swin.call(block, x)
             x = self._finish_stage(number, x, features)
         return ImagePrefix(x, tuple(features))
 
@@ -147,7 +147,7 @@ class FusionBackbone(Backbone):
         """Text layers before the first exchange: ids, bool mask ``(P, T)`` -> ``(P, T, D)``."""
         x = self.text.embeddings(input_ids)
         for layer in self.text.layers[: self.text.num_text_only]:
-            x = layer(x, attention_mask)
+            x = self.text.call(layer, x, attention_mask)
         return x
 
     def exchange(
@@ -168,13 +168,13 @@ class FusionBackbone(Backbone):
                 continue
             for block in stage.blocks[first_block if number == first_stage else 0 :]:
                 if block.attn.text_attention is None:
-                    x = block(x)
+                    x = self.swin.call(block, x)
                     continue
                 # Both sides read the same incoming pair, then both are replaced.
                 layer = next(text_layers)
                 x, text = (
-                    block(x, text, attention_mask),
-                    layer(text, attention_mask, x.flatten(1, 2)),
+                    self.swin.call(block, x, text, attention_mask),
+                    self.text.call(layer, text, attention_mask, x.flatten(1, 2)),
                 )
             x = self._finish_stage(number, x, features)
         return FusionFeatures(features, self.neck(features), text)
@@ -187,7 +187,7 @@ class FusionBackbone(Backbone):
             normalised = self.swin.out_norms[number - 1](x)
             features.append(normalised.permute(0, 3, 1, 2).contiguous())
         downsample = self.swin.stages[number].downsample
-        return x if downsample is None else downsample(x)
+        return x if downsample is None else self.swin.call(downsample, x)
 
     def forward(
         self,

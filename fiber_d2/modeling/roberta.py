@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fiber_d2.layers import LayerNorm
+from fiber_d2.layers import LayerNorm, call_block
+
+# Name of the learnt addition to the embeddings. Checkpoints may lack it: it starts at zero.
+PROMPT = "embeddings.prompt"
 
 
 class MultiHeadAttention(nn.Module):
@@ -121,7 +124,11 @@ class RobertaLayer(nn.Module):
 
 
 class RobertaEmbeddings(nn.Module):
-    """Word, position and token-type embeddings; positions count the real tokens."""
+    """Word, position and token-type embeddings; positions count the real tokens.
+
+    Where ``prompt_length`` is not 0, row t of the parameter ``prompt`` is added to what comes out
+    at place t of the caption, special tokens included. It starts at zero.
+    """
 
     def __init__(
         self,
@@ -132,6 +139,7 @@ class RobertaEmbeddings(nn.Module):
         pad_token_id: int,
         dropout: float,
         norm_eps: float,
+        prompt_length: int = 0,
     ) -> None:
         super().__init__()
         self.pad_token_id = pad_token_id
@@ -140,13 +148,15 @@ class RobertaEmbeddings(nn.Module):
         self.position = nn.Embedding(max_positions, dim, padding_idx=pad_token_id)
         self.token_type = nn.Embedding(1, dim)
         self.norm = LayerNorm(dim, eps=norm_eps)
+        self.prompt = nn.Parameter(torch.zeros(prompt_length, dim)) if prompt_length else None
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """int64 ``(P, T)`` to ``(P, T, D)``."""
         real = (input_ids != self.pad_token_id).long()
         positions = real.cumsum(dim=1) * real + self.pad_token_id
         x = self.word(input_ids) + self.position(positions) + self.token_type.weight[0]
-        return F.dropout(self.norm(x), self.dropout, self.training)
+        x = F.dropout(self.norm(x), self.dropout, self.training)
+        return x if self.prompt is None else x + self.prompt[: x.shape[1]]
 
 
 class RobertaEncoder(nn.Module):
@@ -166,6 +176,10 @@ class RobertaEncoder(nn.Module):
         word_init_std: of the word embeddings; None takes ``init_std``. Where training starts from
             scratch, a larger one lets the word outweigh its place, so that the same word is the
             same thing wherever it stands.
+        prompt_length: rows of a learnt addition to the embeddings, for prompt tuning (see
+            :mod:`fiber_d2.engine.tuning`); 0 for none. At least ``max_tokens``.
+        checkpoint: keep the inputs of each layer in training, and compute the layer again in the
+            backward pass.
     """
 
     def __init__(
@@ -184,6 +198,8 @@ class RobertaEncoder(nn.Module):
         alpha_init: float = 0.0,
         init_std: float = 0.02,
         word_init_std: float | None = None,
+        prompt_length: int = 0,
+        checkpoint: bool = False,
     ) -> None:
         super().__init__()
         if len(image_dims) > num_layers:
@@ -192,6 +208,7 @@ class RobertaEncoder(nn.Module):
             )
         self.dim = dim
         self.pad_token_id = pad_token_id
+        self.checkpoint = checkpoint
         self.num_text_only = num_layers - len(image_dims)
         self.embeddings = RobertaEmbeddings(
             vocab_size=vocab_size,
@@ -200,7 +217,13 @@ class RobertaEncoder(nn.Module):
             pad_token_id=pad_token_id,
             dropout=dropout,
             norm_eps=norm_eps,
+            prompt_length=prompt_length,
         )
+        if prompt_length and prompt_length < self.max_tokens:
+            raise ValueError(
+                f"prompt_length is {prompt_length}, but captions may have {self.max_tokens} "
+                "tokens, and each needs a row."
+            )
         self.layers = nn.ModuleList(
             RobertaLayer(
                 dim=dim,
@@ -217,6 +240,10 @@ class RobertaEncoder(nn.Module):
             _init_weights(module, init_std)
         if word_init_std is not None:
             _init_weights(self.embeddings.word, word_init_std)
+
+    def call(self, layer: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """``layer(*inputs)`` of one of the tower's layers, as ``checkpoint`` says."""
+        return call_block(layer, *inputs, recompute=self.checkpoint)
 
     @property
     def max_tokens(self) -> int:

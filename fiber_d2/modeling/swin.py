@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import nn
 
-from fiber_d2.layers import LayerNorm
+from fiber_d2.layers import LayerNorm, call_block
 
 NORM_EPS = 1e-5
 
@@ -273,8 +273,12 @@ class SwinTransformer(nn.Module):
         init_std: of the initial weights of linear layers.
         position_bias_std: of the initial relative position biases. Larger ones give every head a
             pattern of places to look at from the first step.
-        frozen_stages: -1 trains all; 0 freezes the patch embedding; n >= 2 also stages 1..n-1
-            (counted from 1, their patch merging included).
+        frozen_stages: -1 trains all; 0 and 1 freeze the patch embedding; n >= 2 also stages 1..n-1
+            (counted from 1, their patch merging included), so 2 freezes one stage. The number
+            means what the original's FREEZE_CONV_BODY_AT does: 2 in pre-training and for ODinW,
+            -1 in the other fine-tunings. Frozen parts are in evaluation mode: no drop path.
+        checkpoint: keep the input of each block in training, and compute the block again in the
+            backward pass.
     """
 
     def __init__(
@@ -295,6 +299,7 @@ class SwinTransformer(nn.Module):
         init_std: float = 0.02,
         position_bias_std: float = 0.02,
         frozen_stages: int = -1,
+        checkpoint: bool = False,
     ) -> None:
         super().__init__()
         if not len(depths) == len(num_heads) == len(fused_blocks):
@@ -312,7 +317,9 @@ class SwinTransformer(nn.Module):
         self.fused_blocks = tuple(fused_blocks)
         self.dims = tuple(embed_dim * 2**stage for stage in range(len(depths)))
         self.frozen_stages = frozen_stages
-        rates = torch.linspace(0, drop_path, sum(depths)).tolist()
+        self.checkpoint = checkpoint
+        # Numbers, wherever the weights are made (on the meta device, say).
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist()
         self.patch_embed = PatchEmbed(patch_size=patch_size, in_channels=in_channels, dim=embed_dim)
         stages = []
         for stage, dim in enumerate(self.dims):
@@ -351,6 +358,10 @@ class SwinTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
         for module in self._frozen_modules():
             module.requires_grad_(False)
+
+    def call(self, block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """``block(*inputs)`` of one of the tower's blocks, as ``checkpoint`` says."""
+        return call_block(block, *inputs, recompute=self.checkpoint)
 
     def _frozen_modules(self) -> list[nn.Module]:
         modules: list[nn.Module] = []

@@ -15,8 +15,20 @@ from fiber_d2.modeling import (
 )
 
 
-def build_small_model(query_norm=False, seed=0):
-    """A model of every part, a fraction of a million parameters."""
+def build_small_model(
+    query_norm=False,
+    seed=0,
+    *,
+    drop_path=0.0,
+    dropout=0.0,
+    drop_block=0.0,
+    frozen_stages=-1,
+    checkpoint=(),
+):
+    """A model of every part, a fraction of a million parameters.
+
+    ``checkpoint`` names the parts that compute activations again: vision, text, tower.
+    """
     torch.manual_seed(seed)
     model = FIBER(
         backbone=FusionBackbone(
@@ -28,7 +40,9 @@ def build_small_model(query_norm=False, seed=0):
                 fused_blocks=(0, 0, 2, 2),
                 text_dim=16,
                 query_norm=query_norm,
-                drop_path=0.0,
+                drop_path=drop_path,
+                frozen_stages=frozen_stages,
+                checkpoint="vision" in checkpoint,
             ),
             text=RobertaEncoder(
                 vocab_size=50,
@@ -38,12 +52,19 @@ def build_small_model(query_norm=False, seed=0):
                 mlp_dim=32,
                 max_positions=34,
                 image_dims=(32, 32, 64, 64),
-                dropout=0.0,
+                dropout=dropout,
+                checkpoint="text" in checkpoint,
             ),
-            neck=FeaturePyramid(in_channels=(16, 32, 64), out_channels=16, drop_block=0.0),
+            neck=FeaturePyramid(in_channels=(16, 32, 64), out_channels=16, drop_block=drop_block),
         ),
         head=ATSSLanguageHead(
-            tower=DynamicHead(channels=16, num_blocks=2, norm_groups=4, zero_init_offsets=False),
+            tower=DynamicHead(
+                channels=16,
+                num_blocks=2,
+                norm_groups=4,
+                zero_init_offsets=False,
+                checkpoint="tower" in checkpoint,
+            ),
             anchors=AnchorGrid(sizes=(32, 64, 128, 256, 512)),
             text_dim=16,
             loss=GroundingLoss(no_object_column=31),
@@ -64,5 +85,5 @@ def small_model():
 
 @pytest.fixture
 def build():
-    """``build(query_norm=False, seed=0)``: another small model."""
+    """``build(query_norm=False, seed=0, ...)``: another small model."""
     return build_small_model
