@@ -114,6 +114,8 @@ def with_prefixes(table: Table, theirs: str, ours: str) -> Table:
 
 
 FIBER_TABLE: Table = (
+    # Where the text was tuned by a learnt addition.
+    ("fusion_backbone.tunable_linear.weight", f"{OUR_ROBERTA}embeddings.prompt"),
     *with_prefixes(SWIN_TABLE, SWIN, OUR_SWIN),
     *with_prefixes(SWIN_FUSION_TABLE, SWIN, OUR_SWIN),
     *with_prefixes(FPN_TABLE, FPN, "backbone.neck."),

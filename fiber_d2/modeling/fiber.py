@@ -62,6 +62,7 @@ class FIBER(nn.Module):
         self.backbone = backbone
         self.head = head
         self.prompt_batch_size = prompt_batch_size
+        self._in_evaluation_mode: tuple[str, ...] = ()
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
@@ -79,6 +80,22 @@ class FIBER(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.pixel_mean.device
+
+    def keep_in_evaluation_mode(self, names: Sequence[str]) -> None:
+        """Leave these submodules in evaluation mode while the rest trains: no dropout in them.
+
+        Args:
+            names: as of ``named_modules``; they replace those given before.
+        """
+        self._in_evaluation_mode = tuple(names)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> FIBER:
+        """As usual, but for :meth:`keep_in_evaluation_mode`."""
+        super().train(mode)
+        for name in self._in_evaluation_mode:
+            self.get_submodule(name).eval()
+        return self
 
     def preprocess_images(self, batched_inputs: Sequence[Mapping[str, Any]]) -> ImageList:
         """Normalise, then pad with zeros to the batch maximum, a multiple of 32."""

@@ -1,9 +1,13 @@
-"""Every data set of configs/eval in small, under its true names and formats; a model in small."""
+"""The data sets of the recipes in small, under their true names and formats; a model in small."""
 
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+
+REPOSITORY = Path(__file__).parents[2]
 
 # FIBER-B of few and narrow layers, images of 64 pixels, and no network for the tokenizer.
 SMALL = [
@@ -29,6 +33,15 @@ SMALL = [
     "train.device=cpu",
     "train.pictures=0",
 ]
+# The same for training: two iterations of two images.
+SMALL_TRAINING = [
+    *SMALL,
+    "dataloader.train.total_batch_size=2",
+    "dataloader.train.num_workers=0",
+    "train.max_iter=2",
+    "train.log_period=1",
+    "train.threads=1",
+]
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +64,7 @@ def data_root(tmp_path_factory):
     write_flickr30k(root, read(source / "final_flickr_separateGT_val.json"))
     write_refcoco(root, read(source / "finetune_shapes_val.json"))
     write_odinw(root, read(source / "instances_val.json"))
+    write_training_splits(root, source)
     return root
 
 
@@ -92,13 +106,14 @@ def write_refcoco(root, content):
 
 
 def write_odinw(root, content):
-    """One image for each test split, with the classes that the published files have."""
+    """One image for each split, with the classes that the published files have."""
     from fiber_d2.data.catalog import BUILTIN, ODINW35
 
     image = content["images"][0]
     boxes = [entry["bbox"] for entry in content["annotations"] if entry["image_id"] == image["id"]]
-    for name in ODINW35:
-        entry = BUILTIN[f"odinw_{name}_test"]
+    names = [f"odinw_{name}_{split}" for name in ODINW35 for split in ("train", "val", "test")]
+    for name in names:
+        entry = BUILTIN[name]
         classes = entry.classes
         annotations = [
             {
@@ -119,6 +134,50 @@ def write_odinw(root, content):
         shutil.copy(root / "shapes/images/val" / image["file_name"], root / entry.image_root)
 
 
+def write_training_splits(root, source):
+    """Training files out of the same two images."""
+    for folder in ("coco/train2017", "gqa/images"):
+        shutil.copytree(root / "shapes" / "images" / "val", root / folder)
+    write(root / "coco/annotations/instances_train2017.json", read(source / "instances_val.json"))
+    lvis = read(source / "lvis_val.json")
+    for image in lvis["images"]:
+        name = image.pop("file_name")
+        image["coco_url"] = f"http://images.cocodataset.org/train2017/{name}"
+    write(root / "lvis/lvis_v1_train.json", lvis)
+    phrases = read(source / "final_flickr_separateGT_val.json")
+    write(root / "mdetr_annotations/final_flickr_separateGT_train.json", phrases)
+    for number, image in enumerate(phrases["images"]):
+        image["dataset_name"] = "mixed"
+        image["data_source"] = "coco" if number % 2 else "vg"
+    for name in ("no_coco", "no_coco_refexpclean"):
+        write(root / f"mdetr_annotations/final_mixed_train_{name}.json", phrases)
+    expressions = read(source / "finetune_shapes_val.json")
+    for name in ("refcoco", "refcoco+", "refcocog"):
+        for image in expressions["images"]:
+            image["dataset_name"] = name
+            image.pop("candidates", None)
+        write(root / f"mdetr_annotations/finetune_{name}_train.json", expressions)
+    write_objects365(root, source)
+
+
+def write_objects365(root, source):
+    path = REPOSITORY / "datasets" / "objects365_tsv.py"
+    spec = importlib.util.spec_from_file_location("objects365_tsv", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    folder = root / "Objects365"
+    arguments = {
+        "--json": source / "instances_val.json",
+        "--image-root": root / "shapes/images/val",
+        "--output": folder,
+        "--name": "objects365_train_vgoiv6",
+        "--cas": 2,
+    }
+    assert script.main(["to-tsv", *(str(x) for pair in arguments.items() for x in pair)]) == 0
+    name = "objects365_train_vgoiv6.cas{}.yaml"
+    (folder / name.format(2)).rename(folder / name.format(2000))
+
+
 @pytest.fixture
 def catalog(data_root, monkeypatch):
     """The built-in data sets, read from ``data_root`` while a test runs."""
@@ -135,3 +194,9 @@ def catalog(data_root, monkeypatch):
 def small():
     """Overrides that make a recipe small."""
     return list(SMALL)
+
+
+@pytest.fixture(scope="session")
+def small_training():
+    """Overrides that make a training small."""
+    return list(SMALL_TRAINING)
