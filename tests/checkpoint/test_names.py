@@ -35,7 +35,9 @@ def test_every_original_name_has_one_home(version):
 @pytest.mark.parametrize("row", range(len(FIBER_TABLE)))
 def test_every_row_of_the_table_is_needed(row):
     rename = NameMap([FIBER_TABLE[row]])
-    assert any(rename(name) for name, *_ in original_names("v3"))
+    # What prompt tuning adds is in its own checkpoints only (SPEC_DATA_EVAL 6.15).
+    names = ["fusion_backbone.tunable_linear.weight", *(n for n, *_ in original_names("v3"))]
+    assert any(map(rename, names))
 
 
 def test_patterns_take_whole_names_and_whole_numbers():
