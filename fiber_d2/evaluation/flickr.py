@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from tabulate import tabulate
 
-from fiber_d2.evaluation.entities import EntityImage, image_key, read_entities
+from fiber_d2.evaluation.entities import EntityImage, Phrase, image_key, read_entities
 from fiber_d2.evaluation.overlap import NEVER, first_hit_ranks
 from fiber_d2.evaluation.records import Record, gather_records, keep_first
 from fiber_d2.evaluation.saved import foreign_error, read_records
@@ -43,15 +43,31 @@ def group_by_phrase(
     Raises:
         ValueError: for a phrase index outside 0..num_phrases-1.
     """
+    grouped = _split_by_phrase(boxes, scores, phrases, num_phrases)
+    return _as_lists(*grouped)
+
+
+def _split_by_phrase(
+    boxes: np.ndarray, scores: np.ndarray, phrases: np.ndarray, num_phrases: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """As ``group_by_phrase``, but arrays, and nothing behind the last box."""
     if len(phrases) and not 0 <= phrases.min() <= phrases.max() < num_phrases:
         raise ValueError(
             f"Predictions name phrases {phrases.min()}..{phrases.max()}, but the sentence has "
             f"{num_phrases} (numbered from 0)."
         )
     order = np.lexsort((-scores, phrases))
-    ends = np.cumsum(np.bincount(phrases, minlength=num_phrases))[:-1]
-    grouped_boxes = [part.tolist() + [_FILLER] for part in np.split(boxes[order], ends)]
-    return grouped_boxes, [part.tolist() for part in np.split(scores[order], ends)]
+    ends = np.bincount(phrases, minlength=num_phrases).cumsum().tolist()
+    parts = [slice(start, end) for start, end in zip([0, *ends], ends)]
+    boxes, scores = boxes[order], scores[order]
+    return [boxes[part] for part in parts], [scores[part] for part in parts]
+
+
+def _as_lists(
+    boxes: Sequence[np.ndarray], scores: Sequence[np.ndarray]
+) -> tuple[list[list[list[float]]], list[list[float]]]:
+    """What files of predictions hold of a sentence."""
+    return [part.tolist() + [_FILLER] for part in boxes], [part.tolist() for part in scores]
 
 
 def phrase_recall(
@@ -82,33 +98,57 @@ def phrase_recall(
         RuntimeError: where a sentence is missing or has another number of phrases.
         ValueError: where there is nothing to evaluate, or an argument is out of range.
     """
-    if protocol not in ("separate", "merged"):
-        raise ValueError(f"protocol must be 'separate' or 'merged', got {protocol!r}.")
+    (recall,) = _recall_by_protocol(images, records, topk, iou_thresh, [protocol])
+    return recall
+
+
+def _recall_by_protocol(
+    images: Mapping[str, EntityImage],
+    records: Sequence[Record],
+    topk: Sequence[int],
+    iou_thresh: float,
+    protocols: Sequence[str],
+) -> list[dict[int, dict[str, float]]]:
+    """``phrase_recall`` of each protocol; phrases and predictions are paired once."""
+    for protocol in protocols:
+        if protocol not in ("separate", "merged"):
+            raise ValueError(f"protocol must be 'separate' or 'merged', got {protocol!r}.")
     if not topk or any(k != -1 and k < 1 for k in topk):
         raise ValueError(f"topk must hold positive numbers or -1 (all boxes), got {topk}.")
-    predictions, targets, types = [], [], []
-    for phrase, entity_boxes, boxes in _pair_phrases(images, records, merged=protocol == "merged"):
+    keys, phrases, predictions = [], [], []
+    for key, phrase, boxes in _pair_phrases(images, records):
+        keys.append(key)
+        phrases.append(phrase)
         predictions.append(boxes)
-        targets.append(entity_boxes)
-        types.append(phrase.types)
-    ranks = first_hit_ranks(predictions, targets, threshold=iou_thresh)
-
     members: dict[str, list[int]] = defaultdict(list)
-    members["all"] = list(range(len(types)))
-    for index, names in enumerate(types):
-        for name in names:
+    members["all"] = list(range(len(phrases)))
+    for index, phrase in enumerate(phrases):
+        for name in phrase.types:
             members[name].append(index)
-    return {
-        k: {
-            name: float((ranks[indices] < (NEVER if k == -1 else k)).mean())
-            for name, indices in members.items()
+    found = []
+    for protocol in protocols:
+        boxes_of = {
+            key: (image.merged() if protocol == "merged" else image).boxes
+            for key, image in images.items()
         }
-        for k in topk
-    }
+        targets = [boxes_of[key][phrase.entity] for key, phrase in zip(keys, phrases)]
+        ranks = first_hit_ranks(predictions, targets, threshold=iou_thresh)
+        found.append(
+            {
+                k: {
+                    name: float((ranks[indices] < (NEVER if k == -1 else k)).mean())
+                    for name, indices in members.items()
+                }
+                for k in topk
+            }
+        )
+    return found
 
 
-def _pair_phrases(images: Mapping[str, EntityImage], records: Sequence[Record], *, merged: bool):
-    """Every evaluable phrase with its target boxes ``(g, 4)`` and predicted boxes ``(p, 4)``."""
+def _pair_phrases(
+    images: Mapping[str, EntityImage], records: Sequence[Record]
+) -> Iterator[tuple[str, Phrase, Sequence[Sequence[float]]]]:
+    """The image of every evaluable phrase, the phrase, and its predicted boxes ``(p, 4)``."""
     by_sentence, repeats = keep_first(
         records, lambda record: (image_key(record["image_id"]), int(record["sentence_id"]))
     )
@@ -118,7 +158,6 @@ def _pair_phrases(images: Mapping[str, EntityImage], records: Sequence[Record], 
     missing = []
     found = False
     for key, image in images.items():
-        target_boxes = (image.merged() if merged else image).boxes
         for sentence in range(len(image.sentences)):
             phrases = image.evaluable(sentence)
             if not phrases:
@@ -137,7 +176,7 @@ def _pair_phrases(images: Mapping[str, EntityImage], records: Sequence[Record], 
                     "the same phrases as the Entities files."
                 )
             for phrase, boxes in zip(phrases, record["boxes"]):
-                yield phrase, target_boxes[phrase.entity], np.asarray(boxes, dtype=np.float64)
+                yield key, phrase, boxes
     if not found:
         raise ValueError("The ground truth has no sentence with a phrase that has boxes.")
     if missing:
@@ -217,7 +256,8 @@ class FlickrRecallEvaluator(DatasetEvaluator):
                         f"{item.get('image_id')}: is it a data set of the grounding form?"
                     )
             instances = output["instances"].to("cpu")
-            boxes, scores = group_by_phrase(
+            # As arrays: lists of lists would take ten times the memory and the time.
+            boxes, scores = _split_by_phrase(
                 instances.pred_boxes.tensor.detach().numpy(),
                 instances.scores.detach().numpy(),
                 instances.pred_classes.numpy(),
@@ -237,7 +277,7 @@ class FlickrRecallEvaluator(DatasetEvaluator):
         if records is None:
             return {}
         if self._output_dir is not None:
-            save_json(records, Path(self._output_dir) / "flickr_predictions.json")
+            save_json(_as_saved(records), Path(self._output_dir) / "flickr_predictions.json")
         results = self.score(records)
         _log_table(results["grounding"])
         return results
@@ -262,21 +302,26 @@ class FlickrRecallEvaluator(DatasetEvaluator):
     def score(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """Results of saved predictions; see ``phrase_recall`` for their form."""
         results: dict[str, float] = OrderedDict()
-        for protocol in self._protocols:
+        found = _recall_by_protocol(
+            self.images, records, self._topk, self._iou_thresh, self._protocols
+        )
+        for protocol, recall in zip(self._protocols, found):
             prefix = "merged/" if len(self._protocols) > 1 and protocol == "merged" else ""
-            recall = phrase_recall(
-                self.images,
-                records,
-                topk=self._topk,
-                iou_thresh=self._iou_thresh,
-                protocol=protocol,
-            )
             for k, by_category in recall.items():
                 name = prefix + ("upper_bound" if k == -1 else f"R@{k}")
                 for category, value in by_category.items():
                     key = name if category == "all" else f"{name}_{category}"
                     results[key] = 100 * value
         return OrderedDict(grounding=results)
+
+
+def _as_saved(records: Sequence[Record]) -> list[Record]:
+    """Records in the form of ``flickr_predictions.json``."""
+    saved = []
+    for record in records:
+        boxes, scores = _as_lists(record["boxes"], record["scores"])
+        saved.append({**record, "boxes": boxes, "scores": scores})
+    return saved
 
 
 def _num_phrases(prompt: Prompt | Sequence[Prompt]) -> int:

@@ -15,6 +15,7 @@ from fiber_d2.evaluation.entities import (
     parse_sentences,
     read_entities,
 )
+from fiber_d2.evaluation.flickr import _as_saved
 from fiber_d2.structures import Prompt
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "data_eval"
@@ -155,8 +156,9 @@ def test_model_outputs_are_grouped_as_the_original_groups_them(entities_root):
             "prompt": _prompt(case["n_phrases"]),
         }
         evaluator.process([item], [{"instances": output}])
-    assert len(evaluator._records) == len(cases) > 0
-    for record, case in zip(evaluator._records, cases):
+    records = _as_saved(evaluator._records)
+    assert len(records) == len(cases) > 0
+    for record, case in zip(records, cases):
         expected = case["expected"]
         assert (record["image_id"], record["sentence_id"]) == (
             expected["image_id"],
