@@ -14,7 +14,7 @@ from fiber_d2.engine.report import final_report
 
 from .common.data import dataloader
 from .common.models.fiber_tiny import model
-from .common.optim import AdamW as optimizer
+from .common.optim import AdamW_by_kind as optimizer
 from .common.optim import cosine as lr_multiplier
 from .common.train import train
 
