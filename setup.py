@@ -1,6 +1,10 @@
 """Packaging of fiber_d2. Building or reading its metadata does not need torch."""
 
+import os
 import shutil
+import sys
+import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -26,6 +30,67 @@ class BuildWithConfigs(build_py):
                 dirs_exist_ok=True,
             )
 
+
+@contextmanager
+def output_in(path):
+    """What happens inside, compilers included, writes to the file ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with open(path, "w", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, original in zip((1, 2), saved):
+                os.dup2(original, descriptor)
+                os.close(original)
+
+
+def compiled_operators():
+    """Arguments of setup() that build csrc/, where torch is there; FIBER_D2_BUILD_OPS=0 skips it.
+
+    A build that fails leaves an installation without compiled operators, which works.
+    """
+    if os.environ.get("FIBER_D2_BUILD_OPS", "1") == "0":
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        # pip's isolated builds have no torch: --no-build-isolation shows them the one installed.
+        return {}
+
+    class BuildOperators(BuildExtension):
+        def run(self):
+            log = ROOT / "build" / "ops.log"
+            try:
+                with output_in(log):
+                    super().run()
+            # Whatever a compiler or a missing one does: SystemExit and RuntimeError among it.
+            except (Exception, SystemExit) as error:
+                sys.stderr.write(
+                    f"warning: the compiled operators could not be built ({error}); PyTorch does "
+                    f"their work, more slowly. The whole story is in {log}.\n"
+                )
+                self.extensions = []
+
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+    flags = ["-O3"]
+    if sys.platform == "linux":
+        # Compiled for threads but not linked to a library of them: torch has loaded its own.
+        flags.append("-fopenmp")
+    extension = CppExtension("fiber_d2._C", sources, extra_compile_args=flags)
+    return {"ext_modules": [extension], "build_ext": BuildOperators}
+
+
+OPERATORS = compiled_operators()
 
 # Lower bounds only: the tested set is pinned in constraints.txt. Detectron2 is missing on purpose,
 # because it is on no package index: tools/install_detectron2.py installs it.
@@ -64,9 +129,11 @@ setup(
     python_requires=">=3.9",
     packages=find_packages(include=["fiber_d2", "fiber_d2.*"]),
     package_data={"fiber_d2.data": ["assets/*.json"], "fiber_d2.text": ["assets/*.json"]},
-    cmdclass={"build_py": BuildWithConfigs},
-    # The compiled operators (sources in csrc/) belong here, as ext_modules that are optional and
-    # only set up when torch can be imported. There are none yet.
+    ext_modules=OPERATORS.get("ext_modules", []),
+    cmdclass={
+        "build_py": BuildWithConfigs,
+        **{name: command for name, command in OPERATORS.items() if name == "build_ext"},
+    },
     install_requires=REQUIREMENTS,
     extras_require={
         "fast": FAST,

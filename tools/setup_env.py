@@ -27,6 +27,7 @@ STATE = Path("build", "setup")  # relative: pip splits PIP_CONSTRAINT at spaces
 DEPENDS_ON = (
     *("constraints.txt", "setup.py", "pyproject.toml"),
     *("tools/setup_env.py", "tools/install_detectron2.py"),
+    *("csrc/deform_conv.cpp", "csrc/module.cpp"),
 )
 PINS_NEED = (3, 11)
 HEARTBEAT_SECONDS = 20
@@ -217,7 +218,7 @@ def set_up(environment: Environment) -> None:
             lambda: environment.pip_install("torch", "torchvision", "numpy", "setuptools", "wheel"),
         ),
         (
-            "the other libraries and this project (editable)",
+            "the other libraries and this project (editable, with its compiled operators)",
             lambda: environment.pip_install("--no-build-isolation", "-e", ".[dev]"),
         ),
         # Only tests use it. Its requirements would bring a second cv2, one that needs libGL.

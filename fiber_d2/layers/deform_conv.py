@@ -10,6 +10,11 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import deform_conv2d
 
+from .compiled import is_compiled
+
+# What the compiled operator computes in; other formats take the PyTorch path.
+COMPILED_DTYPES = (torch.float32, torch.float64)
+
 
 def modulated_deform_conv2d(
     x: torch.Tensor,
@@ -34,12 +39,14 @@ def modulated_deform_conv2d(
     Returns:
         ``(B, O, h, w)``. Positions outside the map read as zero, bilinearly blended at the border.
 
-    On CUDA this is torchvision's kernel; elsewhere the sampling is one ``embedding_bag`` over the
-    four corners of every sampling point followed by one matrix product, which on CPUs is several
-    times faster than torchvision's, most of all in the backward pass. All results agree.
+    On CUDA this is torchvision's kernel, on CPUs the compiled operator of ``csrc/``. Where that was
+    not built, the sampling is one ``embedding_bag`` over the four corners of every sampling point
+    followed by one matrix product. All results agree; ``benchmarks/deform_conv.py`` times them.
     """
     if x.is_cuda:
         return deform_conv2d(x, offset, weight, bias, stride=stride, padding=padding, mask=mask)
+    if x.device.type == "cpu" and x.dtype in COMPILED_DTYPES and is_compiled():
+        return torch.ops.fiber_d2.deform_conv2d(x, offset, mask, weight, bias, stride, padding)
     return _deform_conv2d_embedding_bag(
         x, offset, mask, weight, bias, stride=stride, padding=padding
     )

@@ -1,0 +1,87 @@
+"""The compiled operators of csrc/: whether they are there, and what torch has to know of them.
+
+Importing this module loads ``fiber_d2._C`` where it was built. Nothing needs it: each operator has
+a PyTorch path of equal results, which is used where :func:`is_compiled` says no.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+BUILD_COMMAND = "python setup.py build_ext --inplace"
+
+
+def is_compiled() -> bool:
+    """Whether the compiled operators can be used in this process."""
+    return _REASON is None
+
+
+def why_not_compiled() -> str | None:
+    """Why the compiled operators cannot be used; None where they can."""
+    return _REASON
+
+
+def _load() -> str | None:
+    """Load the extension; the reason where there is none, or none that fits this torch."""
+    if not hasattr(torch.library, "register_autograd"):
+        return f"they need torch 2.4 or later, and this is torch {torch.__version__}"
+    try:
+        import fiber_d2._C  # noqa: F401
+    except ModuleNotFoundError:
+        return f"they were not built: run `{BUILD_COMMAND}` in the checkout, with a C++ compiler"
+    except ImportError as error:
+        return f"they were built for another torch ({error}): run `{BUILD_COMMAND}` again"
+    return None
+
+
+def _register() -> None:
+    @torch.library.register_fake("fiber_d2::deform_conv2d")
+    def shape_of_result(
+        x: torch.Tensor,
+        offset: torch.Tensor,
+        mask: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        stride: int,
+        padding: int,
+    ) -> torch.Tensor:
+        shape = (x.shape[0], weight.shape[0], *offset.shape[2:])
+        return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+    @torch.library.register_fake("fiber_d2::deform_conv2d_backward")
+    def shapes_of_gradients(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        offset: torch.Tensor,
+        mask: torch.Tensor,
+        weight: torch.Tensor,
+        stride: int,
+        padding: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return (
+            torch.empty_like(x, memory_format=torch.channels_last),
+            offset.new_empty(offset.shape),
+            mask.new_empty(mask.shape),
+            weight.new_empty(weight.shape),
+        )
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, offset, mask, weight, bias, ctx.stride, ctx.padding = inputs
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, offset, mask, weight)
+
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradients = torch.ops.fiber_d2.deform_conv2d_backward(
+            grad, *ctx.saved_tensors, ctx.stride, ctx.padding
+        )
+        bias = grad.sum(dim=(0, 2, 3)) if ctx.has_bias else None
+        return (*gradients, bias, None, None)
+
+    torch.library.register_autograd("fiber_d2::deform_conv2d", backward, setup_context=remember)
+
+
+_REASON = _load()
+if _REASON is None:
+    _register()
