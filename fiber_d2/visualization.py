@@ -48,7 +48,10 @@ def prompt_words(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[str
     Raises:
         ValueError: where the tokenizer is another one.
     """
-    encoding = tokenizer(prompt.text, return_offsets_mapping=True)
+    # A caption may have been cut; its text is whole.
+    encoding = tokenizer(
+        prompt.text, return_offsets_mapping=True, truncation=True, max_length=prompt.num_tokens
+    )
     if encoding["input_ids"] != prompt.input_ids.tolist():
         raise ValueError(f"The tokenizer did not make the tokens of the prompt {prompt.text!r}.")
     begins, ends = zip(*encoding["offset_mapping"])

@@ -33,7 +33,7 @@ from .records import (
 )
 from .resampling import image_classes, repeat_factors
 from .samplers import TrainingBatchSampler, TrainingStream, Weights
-from .training_set import TrainingSet
+from .training_set import TrainingPart, TrainingSet
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ def build_train_loader(
     few_shot_seed: int | None = None,
     seed: int = 0,
     start_index: int = 0,
+    accumulate: int = 1,
+    timeout: float = 900,
     max_tokens: int = 256,
     separator: str = ". ",
     shuffle_classes: bool = False,
@@ -75,7 +77,7 @@ def build_train_loader(
         datasets: names in the catalogue.
         tokenizer: as of :func:`~fiber_d2.text.load_tokenizer`.
         augmentations: Detectron2 augmentations.
-        total_batch_size: images per step over all processes.
+        total_batch_size: images of a batch over all processes.
         num_workers: loading processes of each training process.
         weights: share of draws of each data set, or several such lists by the step from which on
             they hold (``{0: [1, 1], 500: [1, 3]}``); None draws all images equally often.
@@ -87,6 +89,9 @@ def build_train_loader(
         few_shot_seed: of that choice; None takes them in the order of image ids.
         seed: of order and augmentations, not negative.
         start_index: number of steps already done.
+        accumulate: batches that a step of the optimiser takes; ``start_index`` and the keys of
+            ``weights`` count such steps.
+        timeout: seconds to wait for a batch of the loading processes before training stops.
         max_tokens: limit of a caption's tokens, special tokens included.
         separator: stands between the classes of a detection caption.
         shuffle_classes: draw a new order of the classes for each detection image.
@@ -119,6 +124,7 @@ def build_train_loader(
         raise ValueError("There is no training data set: name at least one in `datasets`.")
     loaded_tokenizer = load_tokenizer(tokenizer)
     mapped: list[Dataset] = []
+    parts: list[TrainingPart] = []
     groups: list[np.ndarray] = []
     factors: list[np.ndarray | None] = []
     for name in datasets:
@@ -156,9 +162,11 @@ def build_train_loader(
         factors.append(
             repeat_factors(image_classes(records), repeat_threshold) if resampled else None
         )
-        mapped.append(MapDataset(lean_dataset(records), mapper))
+        parts.append(TrainingPart(name, lean_dataset(records), mapper))
+        mapped.append(MapDataset(parts[-1].records, mapper))
     if isinstance(weights, Mapping):
-        weights = {step * total_batch_size: shares for step, shares in weights.items()}
+        images = total_batch_size * accumulate
+        weights = {step * images: shares for step, shares in weights.items()}
     stream = TrainingStream(
         [len(part) for part in mapped],
         weights=weights,
@@ -169,14 +177,17 @@ def build_train_loader(
     sampler = TrainingBatchSampler(
         stream,
         total_batch_size=total_batch_size,
-        start_index=start_index,
+        start_index=start_index * accumulate,
         groups=np.concatenate(groups) if groups else None,
     )
     return DataLoader(
-        TrainingSet(ConcatDataset(mapped), seed=seed, max_failed_share=max_failed_share),
+        TrainingSet(
+            ConcatDataset(mapped), seed=seed, max_failed_share=max_failed_share, parts=parts
+        ),
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
+        timeout=timeout if num_workers else 0,
         worker_init_fn=worker_init_reset_seed,
         generator=torch.Generator().manual_seed(seed),
     )

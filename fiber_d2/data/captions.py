@@ -99,6 +99,19 @@ class DetectionPrompter:
             self._check_one_prompt(len(self._fixed))
             self._check_ids(record)
 
+    def spelled_out(self) -> list[tuple[Prompt, list[str]]]:
+        """Prompts in the words of training that ask for all the classes, as many as that takes.
+
+        Returns:
+            Each with the text of its targets, as it stands in the caption.
+        """
+        found = []
+        for prompt in self._fixed:
+            names, templates = self._select(prompt.target_ids.numpy())
+            text, spans = detection_caption(names, templates=templates)
+            found.append((prompt, [text[begin:end] for begin, end in spans]))
+        return found
+
     def _training_prompts(self, labels: np.ndarray) -> list[Prompt]:
         names, templates = self._select(labels)
         return build_detection_prompts(self.tokenizer, names, templates=templates, **self._options)

@@ -86,6 +86,14 @@ class TrainingStream:
         bounds = self._bounds[np.searchsorted(self._changes, positions, side="right") - 1]
         return (draws[:, None] >= bounds).sum(axis=1)
 
+    def passes_after(self, num_draws: int) -> list[float]:
+        """How many passes so many draws make, on average: of all images, or of each data set."""
+        if len(self.sizes) == 1:
+            return [num_draws / self.images_per_pass[0]]
+        shares = np.diff(self._bounds, prepend=0, axis=1)  # (S, sets)
+        lengths = np.diff(np.minimum([*self._changes, num_draws], num_draws))  # (S,)
+        return (lengths @ shares / self.images_per_pass).tolist()
+
     def blocks(self, position: int) -> Iterator[np.ndarray]:
         """The indices from ``position`` of the stream on, int64 arrays of at most 4096."""
         if len(self.sizes) == 1:

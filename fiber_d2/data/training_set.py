@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,27 @@ import torch
 from torch.utils.data import Dataset
 
 from .images import IMAGE_ERRORS
+from .mapper import FiberDatasetMapper
 
 logger = logging.getLogger(__name__)
 
 # A few broken images say nothing about their share yet.
 MIN_FAILED = 10
+
+
+@dataclass(frozen=True)
+class TrainingPart:
+    """One of the data sets that training images are drawn from.
+
+    Attributes:
+        name: in the catalogue.
+        records: those that are trained on, by index.
+        mapper: makes a model input of one.
+    """
+
+    name: str
+    records: Sequence[dict[str, Any]]
+    mapper: FiberDatasetMapper
 
 
 class TrainingSet(Dataset):
@@ -35,6 +52,7 @@ class TrainingSet(Dataset):
         retry_wait: seconds before the first of them; doubled before each next one.
         max_failed_share: of the images that this process has drawn, replacements included. A
             larger share of broken ones, of which there are ten or more, ends the training.
+        parts: the data sets that ``dataset`` lays end to end, for checks before training.
 
     Raises:
         FileNotFoundError, ValueError: as of the dataset, where too many images are broken, or for
@@ -49,6 +67,7 @@ class TrainingSet(Dataset):
         retries: int = 2,
         retry_wait: float = 0.2,
         max_failed_share: float = 0.01,
+        parts: Sequence[TrainingPart] = (),
     ) -> None:
         if retries < 0 or retry_wait < 0:
             raise ValueError(
@@ -61,6 +80,7 @@ class TrainingSet(Dataset):
         self.retries = retries
         self.retry_wait = retry_wait
         self.max_failed_share = max_failed_share
+        self.parts = tuple(parts)
         self.num_drawn = 0
         self.num_failed = 0
 

@@ -16,6 +16,7 @@ from fiber_d2.layers import token_sigmoid_focal_loss
 
 from .assigner import ATSSAssigner
 from .boxes import centerness_targets, decode_boxes, generalized_iou
+from .metrics import record_metric
 
 
 def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
@@ -80,7 +81,8 @@ class GroundingLoss(nn.Module):
 
         Returns:
             ``loss_token``, ``loss_box``, ``loss_centerness``; float32 scalars, summed over the
-            batch and divided by the positives' share of all processes.
+            batch and divided by the positives' share of all processes. The anchors of an image
+            that boxes were assigned to, on average, are recorded as ``positives_per_image``.
         """
         assigned = self.assigner(anchors_per_level, boxes, valid)  # (B, A)
         positive = assigned >= 0
@@ -109,6 +111,7 @@ class GroundingLoss(nn.Module):
         )
 
         shares = torch.stack([positive.sum().to(weight.dtype), weight.sum()])
+        record_metric("positives_per_image", shares[0] / batch)
         num_positive, total_weight = mean_over_processes(shares)
         num_positive = num_positive.clamp(min=1)
         return {
