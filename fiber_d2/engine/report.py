@@ -32,6 +32,7 @@ class RunSummary:
         iterations: training steps done in all.
         train_seconds: spent in training steps, those before a restart included.
         total_seconds: since the process started its work, data preparation and evaluation included.
+        best: of :meth:`fiber_d2.engine.best.BestCheckpoint.summary`, None where none was kept.
     """
 
     results: Mapping[str, Mapping[str, Any]]
@@ -42,6 +43,7 @@ class RunSummary:
     iterations: int
     train_seconds: float
     total_seconds: float
+    best: Mapping[str, Any] | None = None
 
 
 def final_report(
@@ -103,6 +105,9 @@ def write_report(
             "seed": summary.seed,
         }
     )
+    if summary.best and summary.best["best"]:
+        content.update({f"best/{key}": value for key, value in summary.best["best"].items()})
+        content["best/metric"] = summary.best["metric"]
     path = os.path.join(summary.output_dir, "metrics.json")
     text = json.dumps(content, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -149,6 +154,7 @@ def _table(
         ("training", f"{summary.iterations} iterations in {train_time}, all in all {total_time}"),
         ("model", f"{summary.num_parameters / 1e6:.1f} M parameters, seed {summary.seed}"),
         ("checkpoint", summary.checkpoint),
+        *_best_facts(summary.best),
         ("metrics", path),
         ("pictures", os.path.join(summary.output_dir, "pictures")),
         ("log", os.path.join(summary.output_dir, "log.txt")),
@@ -158,3 +164,11 @@ def _table(
     if next_steps:
         lines += ["", "What to try next:", *(f"  - {step}" for step in next_steps)]
     return "\n".join(lines)
+
+
+def _best_facts(best: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if not best or not best["best"]:
+        return []
+    found = best["best"]
+    where = f"{best['checkpoint']}, after iteration {found['iteration']}"
+    return [("best", f"{best['metric']} {found['value']:.2f} ({where})")]
