@@ -16,6 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 logger = logging.getLogger(__name__)
 
+# Of a training whose length is given in epochs: those of small data can be shorter than the time
+# that it takes to write a checkpoint.
+MAX_CHECKPOINTS = 20
 # Factor of the learning rates by the factor of the batch.
 RULES = {
     # For SGD (arXiv:1706.02677), and what most fine-tunings with AdamW do.
@@ -31,6 +34,7 @@ _LENGTHS = (
     "lr_multiplier.max_iter",
     "lr_multiplier.warmup_iters",
     "lr_multiplier.milestones",
+    "train.weight_decay_schedule.milestones",
 )
 _SOLVER_RATES = ("SOLVER.BASE_LR",)
 _SOLVER_LENGTHS = (
@@ -188,7 +192,8 @@ def lengths_from_epochs(cfg: DictConfig) -> None:
 
     An epoch is a pass of the training loader: the usable images of its data sets, few-shot
     choices and repeats included, as counted in the files at hand. ``train.eval_epochs`` says how
-    many of them lie between two evaluations, and as many between two checkpoints.
+    many of them lie between two evaluations; checkpoints to go on from are written at every so
+    many of these that there are at most twenty in all.
 
     Raises:
         ValueError: ``train.eval_epochs`` without ``train.epochs``, or a loader without passes.
@@ -210,7 +215,8 @@ def lengths_from_epochs(cfg: DictConfig) -> None:
     train.max_iter = iterations(epochs=epochs, num_images=images, batch_size=size)
     if eval_epochs is not None:
         period = iterations(epochs=eval_epochs, num_images=images, batch_size=size)
-        train.eval_period = train.checkpointer.period = period
+        train.eval_period = period
+        train.checkpointer.period = period * math.ceil(train.max_iter / (period * MAX_CHECKPOINTS))
     logger.info(
         "%g epochs of %g images, %d per step: %d iterations, evaluation after every %d",
         epochs,

@@ -210,6 +210,10 @@ def test_lengths_from_epochs(epochs_config):
     cfg = epochs_config(*one, "train.eval_epochs=2")
     lengths_from_epochs(cfg)
     assert (cfg.train.max_iter, cfg.train.eval_period, cfg.train.checkpointer.period) == (40, 8, 8)
+    cfg = epochs_config(*one, "train.epochs=110", "train.eval_epochs=1")
+    lengths_from_epochs(cfg)
+    # 440 steps, 22 of them for a twentieth, in whole epochs of 4.
+    assert (cfg.train.eval_period, cfg.train.checkpointer.period) == (4, 24)
     cfg = epochs_config(*one, "dataloader.train.repeats=[3]", "train.accumulate=2")
     lengths_from_epochs(cfg)
     assert (cfg.train.max_iter, cfg.train.eval_period) == (60, 0)
