@@ -14,7 +14,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from .files import list_problems, read_file, resolve_checkpoint_path, shorten, state_dict_of
+from .files import (
+    averaged_weights,
+    list_problems,
+    read_file,
+    resolve_checkpoint_path,
+    shorten,
+    state_dict_of,
+)
 from .names import (
     CELL_ANCHORS,
     FIBER_TABLE,
@@ -251,16 +258,7 @@ def read_fiber_checkpoint(
     path = resolve_checkpoint_path(path)
     content = read_file(path)
     if use_ema:
-        if not isinstance(content, Mapping) or "model_ema" not in content:
-            raise ValueError(
-                f"The checkpoint {path} holds no averaged weights (model_ema): read it without."
-            )
-        average = content["model_ema"]
-        if isinstance(average, Mapping):
-            # Some averages keep their decay and number of updates beside the weights.
-            average = average.get("module", average.get("model", average))
-            average = {k: v for k, v in average.items() if isinstance(v, torch.Tensor)}
-        content = {"model": average}
+        content = {"model": averaged_weights(content, path)}
     weights = state_dict_of(content, path)
     if not is_fiber_state_dict(weights):
         raise ValueError(

@@ -180,6 +180,29 @@ def state_dict_of(
     return dict(weights)
 
 
+def averaged_weights(content: Any, path: str) -> dict[str, torch.Tensor]:
+    """The averaged weights in a checkpoint's content.
+
+    They are the entry ``ema``, or ``model_ema`` in the original's files.
+
+    Raises:
+        ValueError: there are none.
+    """
+    content = content if isinstance(content, Mapping) else {}
+    key = "ema" if "ema" in content else "model_ema"
+    if key not in content:
+        raise ValueError(
+            f"The checkpoint {path} holds no averaged weights (ema, or model_ema as the original "
+            "calls them): take those of the model."
+        )
+    average = content[key]
+    if key == "model_ema" and isinstance(average, Mapping):
+        # Some averages keep their decay and number of updates beside the weights.
+        average = average.get("module", average.get("model", average))
+        average = {k: v for k, v in average.items() if isinstance(v, torch.Tensor)}
+    return average
+
+
 def list_problems(problems: Mapping[str, list[str]], limit: int = 5) -> str:
     """What is wrong with which names, as ``2 missing: a, b; 1 unexpected: c``; empty if nothing."""
     return "; ".join(

@@ -71,19 +71,23 @@ class ModelEma:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the model has the averaged weights; afterwards, bit by bit, its own again."""
-        self._swap()
+        """Within it the model has the averaged weights; afterwards, bit by bit, its own again.
+
+        Its own are kept beside them for so long. Wherever a signal interrupts this, the averages
+        are untouched and the weights come back.
+        """
+        with torch.no_grad():
+            own = {name: value.clone() for name, value in self.model.state_dict().items()}
         try:
+            self._fill(self._averages)
             yield
         finally:
-            self._swap()
+            self._fill(own)
 
     @torch.no_grad()
-    def _swap(self) -> None:
-        for average, value in self._pairs():
-            kept = value.clone()
-            value.copy_(average)
-            average.copy_(kept)
+    def _fill(self, source: Mapping[str, torch.Tensor]) -> None:
+        for name, value in self.model.state_dict().items():
+            value.copy_(source[name])
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for name, value in self.model.state_dict().items():
@@ -150,22 +154,20 @@ def weights_to_evaluate(weights: str, ema: ModelEma | None) -> AbstractContextMa
     Raises:
         ValueError: an unknown name, or "ema" without averages.
     """
-    check_weights(weights)
-    if weights == "model":
-        return nullcontext()
-    if ema is None:
-        raise ValueError(
-            "train.weights is 'ema', but this training averages no weights: set "
-            "train.ema.decay=0.999, or train.weights=model."
-        )
-    return ema.applied()
+    check_weights(weights, averaged=ema is not None)
+    return ema.applied() if weights == EMA_KEY and ema is not None else nullcontext()
 
 
-def check_weights(weights: str) -> None:
-    """That ``train.weights`` is known.
+def check_weights(weights: str, *, averaged: bool = True) -> None:
+    """That ``train.weights`` is known, and there if ``averaged`` says so.
 
     Raises:
         ValueError: it is not.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"train.weights is {weights!r}: choose {' or '.join(WEIGHTS)}.")
+    if weights == EMA_KEY and not averaged:
+        raise ValueError(
+            f"train.weights is {EMA_KEY!r}, but this training averages no weights: set "
+            "train.ema.decay=0.999, or train.weights=model."
+        )

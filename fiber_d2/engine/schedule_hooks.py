@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from detectron2.engine import HookBase, hooks
+from detectron2.solver import LRMultiplier
 from fvcore.common.param_scheduler import ParamScheduler
 
 from .schedules import PlateauSchedule, PlateauScheduler, TorchScheduler, milestone_iterations
@@ -36,6 +37,13 @@ def schedule_hook(scheduler: Any) -> hooks.LRScheduler:
         f"{scheduler!r} is no schedule of learning rates: let lr_multiplier be a node such as "
         "those in configs/common/optim.py."
     )
+
+
+def attach_schedule(schedule: Any, optimizer: torch.optim.Optimizer, max_iter: int) -> Any:
+    """The scheduler of ``optimizer`` that follows ``schedule`` over ``max_iter`` iterations."""
+    if isinstance(schedule, ParamScheduler):
+        return LRMultiplier(optimizer, schedule, max_iter)
+    return schedule.attach(optimizer)
 
 
 class AttachedSchedule(hooks.LRScheduler):

@@ -154,6 +154,11 @@ class PublishedCosine:
         angle = math.pi * (iteration - self.warmup_iters) / self.max_iter
         return self.min_lr + (base_lr - self.min_lr) * (1 + math.cos(angle)) / 2
 
+    def describe(self) -> str:
+        """The schedule in words."""
+        text = f"cosine over {self.max_iter} iterations towards {self.min_lr:g}"
+        return _after_warmup(text, self.warmup_iters, self.warmup_factor)
+
     def attach(self, optimizer: torch.optim.Optimizer, last_iter: int = -1) -> TorchScheduler:
         """A scheduler of ``optimizer``, to be stepped after every iteration.
 
@@ -216,6 +221,14 @@ class PlateauSchedule:
         self.warmup_iters = warmup_iters
         self.warmup_factor = warmup_factor
 
+    def describe(self) -> str:
+        """The schedule in words."""
+        text = (
+            f"x{self.gamma:g} after {self.patience + 1} evaluations in a row without a new best, "
+            f"down to {self.min_lr:g}"
+        )
+        return _after_warmup(text, self.warmup_iters, self.warmup_factor)
+
     def attach(self, optimizer: torch.optim.Optimizer, last_iter: int = -1) -> PlateauScheduler:
         """A scheduler of ``optimizer``; see :meth:`PlateauScheduler.step`."""
         return PlateauScheduler(optimizer, self, last_iter)
@@ -254,6 +267,15 @@ class PlateauScheduler:
             self._set_warmup_lr()
 
     @property
+    def mode(self) -> str:
+        """Whether the metric is to rise ("max") or to fall ("min")."""
+        return self.schedule.mode
+
+    def describe(self) -> str:
+        """The schedule in words."""
+        return self.schedule.describe()
+
+    @property
     def best(self) -> float:
         """The best metric so far; infinite before the first."""
         return float(self._plateau.best)
@@ -290,6 +312,12 @@ class PlateauScheduler:
         self.warmup_calls = state_dict["warmup_calls"]
         self._plateau.best = state_dict["best"]
         self._plateau.num_bad_epochs = state_dict["num_bad"]
+
+
+def _after_warmup(text: str, warmup_iters: int, warmup_factor: float) -> str:
+    if not warmup_iters:
+        return text
+    return f"warm-up of {warmup_iters} iterations from x{warmup_factor:g}; {text}"
 
 
 def _check_lengths(max_iter: int, warmup_iters: int) -> None:
