@@ -65,7 +65,8 @@ def describe_schedule(scheduler: Any, max_iter: int) -> str:
 
     Args:
         scheduler: a function of the fraction that is done (0..1) to a factor, or Detectron2's
-            LRMultiplier of one. Anything else is described by its own ``describe()`` where it has one, or by the name of its class.
+            LRMultiplier of one. Anything else is described by its own ``describe()`` where it has
+            one, or by the name of its class.
         max_iter: iterations of the whole training.
     """
     if isinstance(scheduler, LRMultiplier):
