@@ -15,7 +15,6 @@ import math
 import os
 import re
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -170,7 +169,7 @@ def run_protocol(args: argparse.Namespace) -> list[dict[str, Any]]:
         # All of them now: what is refused must not be refused after hours.
         run.note()
     setup_logger(str(args.output), name="fiber_d2", color=sys.stdout.isatty())
-    describe(args, splits, trainings, zero_shot is not None)
+    describe(args, splits, runs, zero_shot is not None)
 
     tested = None
     if zero_shot:
@@ -311,10 +310,8 @@ def do_run(run: Run, collect: Any, keep: str, pace: Pace | None = None) -> dict[
     found = run.results
     known = found is not None
     if not known:
-        logger.info("%s: %s", run.title, f"at most {run.max_iter} iterations" if pace else "tested")
-        started = time.monotonic()
+        logger.info("%s: begins; its log is %s", run.title, run.folder / "log.txt")
         found = execute(run, collect, keep=keep)
-        logger.debug("%s took %.0f s", run.title, time.monotonic() - started)
     if pace is not None:
         pace.note(run, found["seconds"])
     logger.info(
@@ -364,12 +361,15 @@ def _numbers(results: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def describe(
-    args: argparse.Namespace, splits: Splits, trainings: Sequence[Training], zero_shot: bool
+    args: argparse.Namespace,
+    splits: Splits,
+    runs: Sequence[tuple[Training, Run]],
+    zero_shot: bool,
 ) -> None:
     """What is going to be done."""
     logger.info(
         "%d trainings%s: train on %s, choose by %s of %s, test on %s; output in %s",
-        len(trainings),
+        len(runs),
         " and a zero-shot test" if zero_shot else "",
         splits.train,
         args.metric,
@@ -377,13 +377,13 @@ def describe(
         splits.test,
         args.output,
     )
-    for training in trainings:
+    for training, run in runs:
         logger.info(
             "%s: %d images%s, at most %d iterations",
             training.title,
             training.num_images,
             f" ({training.selection})" if training.selection else "",
-            training.max_iter,
+            run.max_iter,
         )
     if args.selection == FIRST and len(args.seeds) > 1:
         logger.warning("--selection first: all seeds train on the same images.")

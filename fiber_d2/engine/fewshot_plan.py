@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig
 
+from fiber_d2.data.catalog import DETECTION
 from fiber_d2.data.fewshot import few_shot_subset
-from fiber_d2.data.records import check_registered, filter_records, load_records
+from fiber_d2.data.records import (
+    check_registered,
+    filter_records,
+    ground_truth_kind,
+    load_records,
+)
 
 from .scaling import images_per_step, iterations
 
@@ -22,7 +29,7 @@ PREPARED, SEEDED, FIRST = "prepared", "seeded", "first"
 AUTO = "auto"
 SELECTIONS = (AUTO, PREPARED, SEEDED, FIRST)
 ALL_IMAGES = 0
-# The metrics of a data set that a table may tell of, by their path in its results.
+# By its path in the results of a data set.
 DEFAULT_METRIC = "bbox/AP"
 # Shots up to which each image is shown so many times in an epoch (the original's 1_200_8,
 # 3_200_4, 5_200_2 and 10_200_1, in its order shots, epochs, copies).
@@ -57,9 +64,8 @@ def find_splits(name: str) -> Splits:
     known = set(DatasetCatalog.list())
     bases = [base for base in (name, f"odinw_{name}") if f"{base}_train" in known]
     for base in bases:
-        vals = [
-            f"{base}_{split}" for split in ("minival", "val", "test") if f"{base}_{split}" in known
-        ]
+        kinds = ("minival", "val") if base.startswith("odinw_") else ("val",)
+        vals = [f"{base}_{split}" for split in kinds if f"{base}_{split}" in known]
         if vals:
             test = f"{base}_test"
             return Splits(f"{base}_train", vals[0], test if test in known else vals[0])
@@ -93,7 +99,6 @@ class Training:
         seed: of the choice of images and of the training.
         selection: "prepared", "seeded" or "first"; of all images "".
         num_images: chosen.
-        max_iter: iterations if it is not stopped early.
         overrides: what turns the recipe into this training.
     """
 
@@ -101,7 +106,6 @@ class Training:
     seed: int
     selection: str
     num_images: int
-    max_iter: int
     overrides: tuple[str, ...]
 
     @property
@@ -151,6 +155,11 @@ def plan_trainings(
     for name in {splits.train, splits.val, splits.test}:
         check_registered(name)
     records = load_records(splits.train)
+    if ground_truth_kind(splits.train, records) != DETECTION:
+        raise ValueError(
+            f"The data set {splits.train!r} is not one of detection: there are no classes to "
+            "choose images by."
+        )
     if cfg.dataloader.train.get("filter_empty", True):
         records = filter_records(records, splits.train)
     found = []
@@ -231,7 +240,7 @@ def _plan(
         f"train.best={{metric:{quoted(f'{splits.val}/{metric}')},mode:max}}",
         f"train.test_best=[{quoted(splits.test)}]",
     ]
-    return Training(shots, seed, kind, num_images, max_iter, tuple(overrides))
+    return Training(shots, seed, kind, num_images, tuple(overrides))
 
 
 def _kind_of_selection(selection: str, prepared: str) -> str:
@@ -288,7 +297,9 @@ def key_of_test_loader(cfg: DictConfig) -> str:
 
 def quoted(value: str) -> str:
     """A string as a value of an override, whatever is in it."""
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    # A backslash means itself but where a quotation mark follows.
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", value)
+    escaped = re.sub(r"(\\+)\Z", r"\1\1", escaped)
     return f"'{escaped}'"
 
 

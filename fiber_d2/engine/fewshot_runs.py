@@ -179,6 +179,7 @@ def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Whatever ends this program ends the process as well, which may save before."""
 
     def end(number: int, frame: Any) -> None:
+        logger.warning("Ended by a signal, the run at work saves; the same command goes on.")
         raise SystemExit(128 + number)
 
     previous = signal.signal(signal.SIGTERM, end)
