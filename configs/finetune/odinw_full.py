@@ -11,6 +11,8 @@ below its best eight times in a row. Then the best checkpoint is tested, once: b
 Rates are pre-training's; `train.tuning` says what learns (configs/README.md). Captions hold all the
 classes, in the words published with the set where there are such. From fusion v2.
 Data: odinw/, see datasets/README.md.
+A set whose names do not fit a caption (the program says so) can show as many as do:
+dataloader.train.sampled_classes={control_probabilities:[0,0,1]}
 """
 
 from ..common.finetune_odinw import (  # noqa: F401

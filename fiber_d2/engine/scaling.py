@@ -27,10 +27,9 @@ RULES = {
     "sqrt": math.sqrt,
 }
 _RATES = ("optimizer.lr", "optimizer.params.base_lr")
+# Those that train.epochs replaces.
+_RUN_LENGTHS = ("train.max_iter", "train.eval_period", "train.checkpointer.period")
 _LENGTHS = (
-    "train.max_iter",
-    "train.eval_period",
-    "train.checkpointer.period",
     "lr_multiplier.max_iter",
     "lr_multiplier.warmup_iters",
     "lr_multiplier.milestones",
@@ -136,7 +135,11 @@ def scale_to_batch_size(cfg: DictConfig | CfgNode) -> dict[str, tuple[Any, Any]]
 
 def _scale_lazy(cfg: DictConfig, rates: float, lengths: float) -> dict[str, tuple[Any, Any]]:
     changes: dict[str, tuple[Any, Any]] = {}
-    for keys, factor, whole in ((_RATES, rates, False), (_LENGTHS, lengths, True)):
+    run_lengths = _RUN_LENGTHS if cfg.train.get("epochs") is None else ()
+    for keys, factor, whole in (
+        (_RATES, rates, False),
+        (run_lengths + _LENGTHS, lengths, True),
+    ):
         for key in keys:
             parent_key, name = key.rsplit(".", 1)
             parent = OmegaConf.select(cfg, parent_key)

@@ -344,6 +344,18 @@ def test_every_image_can_be_learned_from(name, catalog, small_training, tmp_path
         assert item["prompt"].num_targets == 45, "all others, being fewer than 85"
 
 
+def test_a_set_whose_names_fill_more_than_a_caption(catalog, small_training, tmp_path):
+    """The header says what to do, as does the error."""
+    name = "finetune/odinw_full"
+    overrides = [*overrides_of(name, small_training, tmp_path), "data.name=OxfordPets_by_breed"]
+    with pytest.raises(ValueError, match="train with sampled classes"):
+        instantiate(load_config(path_of(name), overrides).dataloader.train)
+    remedy = "dataloader.train.sampled_classes={control_probabilities:[0,0,1]}"
+    assert remedy in Path(path_of(name)).read_text()
+    loader = instantiate(load_config(path_of(name), [*overrides, remedy]).dataloader.train)
+    assert 20 < loader.dataset[0, 0]["prompt"].num_targets < 37
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_iterations(name, catalog, small_training, tmp_path):
@@ -353,6 +365,8 @@ def test_two_iterations(name, catalog, small_training, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
     losses = {row["iteration"]: row["total_loss"] for row in rows if "total_loss" in row}
     assert sorted(losses) == [0, 1] and all(map(math.isfinite, losses.values()))
+    # Two images are not what the recipe is for.
+    assert "train.scaling.rule=linear or sqrt" in (tmp_path / "log.txt").read_text()
     results = tmp_path / "inference" / cfg.dataloader.test.dataset / "results.json"
     assert json.loads(results.read_text())["results"]
     saved = torch.load(tmp_path / "model_final.pth", weights_only=True)

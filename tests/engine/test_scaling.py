@@ -73,6 +73,17 @@ def test_linear_rule():
     assert (cfg.optimizer.weight_decay, cfg.train.ema.decay) == (1e-2, 0.999)
 
 
+def test_epochs_stay():
+    cfg = config(16, rule="linear")
+    cfg.train.epochs = 12
+    assert set(scale_to_batch_size(cfg)) == {
+        "optimizer.lr",
+        "lr_multiplier.warmup_iters",
+        "lr_multiplier.milestones",
+    }
+    assert cfg.train.max_iter == 800_000, "which epochs replace"
+
+
 def test_sqrt_rule_differs_in_rates_only():
     linear, sqrt = config(16, rule="linear"), config(16, rule="sqrt")
     for cfg in (linear, sqrt):

@@ -6,12 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_model
 from torch import nn
 
 from fiber_d2.checkpoint import convert_fiber_state_dict, export_fiber_state_dict
 from fiber_d2.config import add_fiber_config
+from fiber_d2.data import register_all_builtin
 from fiber_d2.engine.checkpointer import FiberCheckpointer
+from fiber_d2.engine.default_trainer import run_cfg_node
 from fiber_d2.engine.optimizer import published_param_groups
+from fiber_d2.engine.overrides import load_config
+from fiber_d2.engine.train import run_lazy_config
 from fiber_d2.engine.tuning import PROMPT_LENGTH, TUNING, apply_tuning, configure_tuning
 from fiber_d2.modeling import RobertaEncoder
 
@@ -197,3 +202,95 @@ def test_mistakes_are_named():
     cfg.model = {"_target_": "torch.nn.Linear"}
     with pytest.raises(ValueError, match="has no argument prompt_length"):
         configure_tuning(cfg)
+
+
+# The rest trains.
+
+YAML = """
+MODEL:
+  DEVICE: "cpu"
+  FIBER:
+    VISION:
+      {EMBED_DIM: 16, DEPTHS: [1, 1, 2, 1], NUM_HEADS: [1, 1, 2, 2], WINDOW: 2,
+        FUSED_BLOCKS: [0, 0, 1, 1], DROP_PATH: 0.0}
+    TEXT: {VOCAB_SIZE: 2000, DIM: 32, NUM_LAYERS: 2, NUM_HEADS: 2, MLP_DIM: 64}
+    NECK: {OUT_CHANNELS: 16}
+    TOWER: {NUM_BLOCKS: 1, NORM_GROUPS: 4}
+FIBER:
+  TOKENIZER: "shapes"
+DATASETS:
+  TRAIN: ("shapes_detection_train",)
+INPUT: {MIN_SIZE_TRAIN: [64]}
+DATALOADER: {NUM_WORKERS: 0}
+SOLVER: {IMS_PER_BATCH: 4, BASE_LR: 0.01, MAX_ITER: 2, STEPS: [1], WARMUP_ITERS: 0}
+VERSION: 2
+"""
+
+
+@pytest.fixture
+def shapes(datasets_root):
+    register_all_builtin(str(datasets_root))
+    yield
+    register_all_builtin()
+
+
+def changed(before, after):
+    """Names of weights that a training has moved, and of those that it has added."""
+    states = [torch.load(path, weights_only=True)["model"] for path in (before, after)]
+    return [
+        name
+        for name, x in states[1].items()
+        if name not in states[0] or not torch.equal(x, states[0][name])
+    ]
+
+
+def save_start(model, folder):
+    """Weights of open towers: with the published ones, of 0, the prompt could not reach boxes."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("alpha"):
+                parameter.fill_(0.5)
+    FiberCheckpointer(model, str(folder)).save("start")
+    return folder / "start.pth"
+
+
+def overrides_of(mode, start, folder):
+    found = [f"train.tuning={mode}", "train.max_iter=2", "dataloader.test=null"]
+    found += ["optimizer.lr=0.05", "lr_multiplier.warmup_iters=0"]
+    return [*found, f"train.init_checkpoint={start}", f"train.output_dir={folder}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["linear_probe", "freeze_text", "language_prompt_v1"])
+def test_only_what_learns_changes(mode, config_file, shapes, tmp_path):
+    start = save_start(instantiate(load_config(str(config_file), []).model), tmp_path)
+    run_lazy_config(load_config(str(config_file), overrides_of(mode, start, tmp_path)))
+    moved = changed(start, tmp_path / "model_final.pth")
+    assert moved and all(re.fullmatch(TABLE[mode], name) for name in moved)
+
+
+@pytest.mark.slow
+def test_only_the_prompt_changes_in_two_processes(config_file, run, shapes, tmp_path):
+    start = save_start(instantiate(load_config(str(config_file), []).model), tmp_path)
+    overrides = overrides_of("language_prompt_v2", start, tmp_path / "tuned")
+    code, _, err = run("--config-file", config_file, "--num-gpus", 2, *overrides)
+    assert code == 0, err
+    final = tmp_path / "tuned" / "model_final.pth"
+    assert changed(start, final) == ["backbone.text.embeddings.prompt"]
+    # What was tuned is evaluated by the same configuration.
+    tested = overrides_of("language_prompt_v2", final, tmp_path / "tested")
+    cfg = load_config(str(config_file), [x for x in tested if "dataloader" not in x])
+    run_lazy_config(cfg, eval_only=True)
+    assert (tmp_path / "tested" / "inference" / "shapes_detection_val" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_only_the_prompt_changes_of_a_yaml_configuration(shapes, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(YAML)
+    overrides = ["FIBER.TRAIN.TUNING=language_prompt_v4", f"OUTPUT_DIR={tmp_path / 'tuned'}"]
+    start = save_start(build_model(load_config(str(path), overrides)), tmp_path)
+    run_cfg_node(load_config(str(path), [*overrides, f"MODEL.WEIGHTS={start}"]))
+    moved = changed(start, tmp_path / "tuned" / "model_final.pth")
+    assert moved == ["backbone.text.embeddings.prompt"]
+    assert "PROMPT_LENGTH: 1000" in (tmp_path / "tuned" / "config.yaml").read_text()
