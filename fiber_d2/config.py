@@ -110,6 +110,35 @@ def add_fiber_config(cfg: CfgNode) -> None:
     # Batches of SOLVER.IMS_PER_BATCH images that an optimiser step averages over.
     cfg.FIBER.TRAIN.ACCUMULATE = 1
     cfg.FIBER.TRAIN.MAX_NONFINITE = 10
+    # Rates and decays "published": by pieces of the original's names, with SOLVER.BIAS_LR_FACTOR
+    # and WEIGHT_DECAY_BIAS; or "by_kind": by what parameters are, with WEIGHT_DECAY_NORM as well.
+    cfg.FIBER.TRAIN.PARAM_GROUPS = CfgNode(
+        {
+            "RULES": "published",
+            "TEXT_LR_FACTOR": 1.0,
+            "VISION_LR_FACTOR": 1.0,
+            "WEIGHT_DECAY_NORM_FACTOR": 1.0,
+        }
+    )
+    cfg.SOLVER.BIAS_LR_FACTOR = 2.0
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = 0.0
+    # SOLVER.LR_SCHEDULER_NAME may be "PlateauLR", which drops the rate by SOLVER.GAMMA when the
+    # metric of BEST has not risen; MIN_LR is also the floor of "PublishedCosineLR".
+    cfg.FIBER.TRAIN.PLATEAU = CfgNode({"PATIENCE": 3, "THRESHOLD": 1e-4, "MIN_LR": 1e-6})
+    # Times SOLVER.GAMMA at RATIO times each of SOLVER.STEPS.
+    cfg.FIBER.TRAIN.WEIGHT_DECAY_SCHEDULE = CfgNode({"ENABLED": False, "RATIO": 0.667})
+    cfg.FIBER.TRAIN.EMA = CfgNode({"ENABLED": False, "DECAY": 0.999})
+    # Which weights are evaluated, "model" or "ema".
+    cfg.FIBER.TRAIN.WEIGHTS = "model"
+    # A metric is written as DATASET/bbox/AP. The data sets of TEST_BEST are evaluated once, with
+    # the best checkpoint.
+    cfg.FIBER.TRAIN.BEST = CfgNode({"ENABLED": False, "METRIC": "", "MODE": "max"})
+    cfg.FIBER.TRAIN.EARLY_STOP = CfgNode({"ENABLED": False, "PATIENCE": 8})
+    cfg.FIBER.TRAIN.TEST_BEST = ()
+    cfg.FIBER.TRAIN.START_CHECK = True
+    cfg.FIBER.TRAIN.PICTURE_PERIOD = 5000
+    # Further keys, in upper case, are arguments of wandb.init.
+    cfg.FIBER.TRAIN.WANDB = CfgNode({"ENABLED": False, "PROJECT": "fiber_d2"}, new_allowed=True)
     # What learns, see fiber_d2.engine.tuning; "" leaves it to the model.
     cfg.FIBER.TRAIN.TUNING = ""
     # Images per step that rates and lengths are for (0: not said), and "linear" or "sqrt" to adapt

@@ -3,59 +3,74 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import IO, Any
+import re
+from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 from fvcore.common.checkpoint import _IncompatibleKeys
+from torch import nn
 
 from fiber_d2.checkpoint import convert_fiber_state_dict, is_fiber_state_dict
 from fiber_d2.checkpoint.convert import check_variant
 from fiber_d2.checkpoint.files import (
     LAST_CHECKPOINT,
+    averaged_weights,
     list_problems,
     read_file,
     resolve_checkpoint_path,
     state_dict_of,
 )
+from fiber_d2.modeling.roberta import PROMPT
+
+from .durable import DamagedFileError, check_checkpoint, save_verified, write_atomically
+from .ema import EMA_KEY, check_weights
+
+__all__ = ["FiberCheckpointer", "write_atomically"]
 
 
-def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let ``write`` fill a file beside ``path`` and put it in place when it is safely on disk.
-
-    Whoever reads ``path`` meanwhile, or after a crash, finds the old file or the new one, whole.
-    """
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    # A fixed name: what a killed process left is overwritten by the next attempt.
-    temporary = path + ".tmp"
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if hasattr(os, "O_DIRECTORY"):
-        # The renaming itself must survive a power cut, too.
-        handle = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+_NUMBERED = re.compile(r"\w+_\d{7}\.pth")
 
 
 class FiberCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer with atomic writes, safe loading and strict names.
+    """Detectron2's checkpointer with verified atomic writes, safe loading and strict names.
+
+    A file takes its place, and becomes the one to resume from, after it has been read back from
+    the disk and compared with what was in memory. Only then may older ones be deleted.
 
     Files hold tensors and plain values only, and are loaded as such: a checkpoint cannot run code.
     A checkpoint that does not fit the model is an error, never a partly random model.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk: bool | None = None,
+        weights: str = "model",
+        **checkpointables: Any,
+    ) -> None:
+        """As Detectron2's, and ``weights``: which of a file's the model gets.
+
+        Args:
+            weights: "model", or "ema" for the averages of a training that has made them.
+
+        Raises:
+            ValueError: other ``weights``.
+        """
+        check_weights(weights)
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.weights = weights
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<save_dir>/<name>.pth`` and make it the one to resume from.
 
         Args:
             kwargs: more to store; tensors and plain values.
+
+        Raises:
+            PlainRunError: the disk is full or failing. The last checkpoint still is the last one.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -64,8 +79,25 @@ class FiberCheckpointer(DetectionCheckpointer):
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        write_atomically(path, lambda file: torch.save(data, file))
+        save_verified(data, path)
         self.tag_last_checkpoint(os.path.basename(path))
+
+    def save_weights(self, name: str, **kwargs: Any) -> None:
+        """Write ``<save_dir>/<name>.pth`` with the model alone, which nothing resumes from.
+
+        Averaged weights are weights of the model, too, where there are any.
+
+        Args:
+            kwargs: more to store; tensors and plain values.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving weights to %s", path)
+        data = {"model": self.model.state_dict(), **kwargs}
+        if EMA_KEY in self.checkpointables:
+            data[EMA_KEY] = self.checkpointables[EMA_KEY].state_dict()
+        save_verified(data, path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")
@@ -100,6 +132,9 @@ class FiberCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         loaded = read_file(filename)
+        if self.weights == EMA_KEY:
+            self.logger.info("Taking the averaged weights of %s", filename)
+            loaded = {**loaded, "model": averaged_weights(loaded, filename)}
         weights = state_dict_of(loaded, filename, keys=("model",))
         self._loading = filename
         if is_fiber_state_dict(weights):
@@ -117,7 +152,12 @@ class FiberCheckpointer(DetectionCheckpointer):
             for name, found, needed in result.incorrect_shapes
         ]
         misfits = {name for name, *_ in result.incorrect_shapes}
-        missing = [name for name in result.missing_keys if name not in misfits]
+        # What prompt tuning adds is absent in what it starts from, and starts at zero.
+        missing = [
+            name
+            for name in result.missing_keys
+            if name not in misfits and not name.endswith(PROMPT)
+        ]
         problems = list_problems(
             {
                 "missing": missing,
@@ -135,9 +175,72 @@ class FiberCheckpointer(DetectionCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Continue from the last checkpoint of ``save_dir``, else take the weights of ``path``.
 
+        All processes have to call it.
+
         Raises:
-            FileNotFoundError, ValueError: as of :meth:`load`.
+            FileNotFoundError, ValueError: as of :meth:`load` and :meth:`find_last_sound`.
         """
-        if resume and not self.has_checkpoint():
+        if resume and comm.all_gather(self.has_checkpoint())[0]:
+            return self.load(self.find_last_sound())
+        if resume:
             self.logger.warning("No checkpoint to resume from in %s: a new start.", self.save_dir)
-        return super().resume_or_load(path, resume=resume)
+        return self.load(path, checkpointables=[])
+
+    def find_last_sound(self) -> str:
+        """The last checkpoint of ``save_dir``, or where that is damaged the one before it, etc.
+
+        The main process looks, the others get to know; all have to call it.
+
+        Raises:
+            FileNotFoundError: other machines do not see the file.
+            ValueError: none of the checkpoints is sound.
+        """
+        name, problem = None, None
+        if comm.is_main_process():
+            try:
+                name = self._look_for_sound()
+            except ValueError as error:
+                problem = str(error)
+        name, problem = comm.all_gather((name, problem))[0]
+        if problem is not None:
+            raise ValueError(problem)
+        path = os.path.join(self.save_dir, name)
+        without = [r for r, here in enumerate(comm.all_gather(os.path.isfile(path))) if not here]
+        if without:
+            raise FileNotFoundError(
+                f"The checkpoint {path} of process 0 does not exist for {len(without)} of the "
+                f"other processes, the first one {without[0]}: let output_dir be on storage that "
+                "all machines share, or copy the file there."
+            )
+        return path
+
+    def _look_for_sound(self) -> str:
+        last = os.path.basename(self.get_checkpoint_file())
+        # Files of an older, longer run may lie there: what comes after the last one is not meant.
+        earlier = sorted(
+            name
+            for name in os.listdir(self.save_dir)
+            if _NUMBERED.fullmatch(name) and (name < last or not _NUMBERED.fullmatch(last))
+        )
+        problems = []
+        for name in [last, *reversed([name for name in earlier if name != last])]:
+            path = os.path.join(self.save_dir, name)
+            try:
+                if not os.path.isfile(path):
+                    raise DamagedFileError(f"{name} does not exist")
+                check_checkpoint(path)
+            except DamagedFileError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                self.logger.warning(
+                    "The last checkpoint cannot be used (%s): going on from the one before, %s. "
+                    "The iterations since then are done again.",
+                    "; ".join(problems),
+                    name,
+                )
+            return name
+        raise ValueError(
+            f"No checkpoint in {self.save_dir} can be used: {'; '.join(problems)}. Start from "
+            "other weights, without --resume."
+        )

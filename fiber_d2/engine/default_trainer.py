@@ -18,15 +18,22 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
 
+from fiber_d2.config import keyword_arguments
 from fiber_d2.data import build_test_loader, build_train_loader
 from fiber_d2.evaluation import build_evaluator
 
+from .best import BestCheckpoint, check_best_metric
 from .checkpointer import FiberCheckpointer
+from .errors import TrainingStopped
 from .evaluate import EvaluationOptions, TestSet, check_test_sets, evaluate_test_sets
-from .optimizer import get_param_groups
+from .final_test import FOLDER, run_final_test
+from .resolve import resolve_config
+from .solver import build_param_groups, build_scheduler
+from .start_check import RunPlan, start_check
 from .step import StepTrainer, choose_amp_dtype, name_the_iteration
 from .train import distribute, restore_random_state, set_up
 from .training_hooks import TrainingOptions, build_training_hooks
+from .tuning import apply_tuning
 
 logger = logging.getLogger(__name__)
 
@@ -49,27 +56,32 @@ class FiberTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         self.options = TrainingOptions.of_cfg_node(cfg)
         model = self.build_model(cfg)
+        apply_tuning(model, cfg.FIBER.TRAIN.TUNING or None)
         clip = cfg.SOLVER.CLIP_GRADIENTS
         full_model = clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL
         optimizer = self.build_optimizer(cfg, model)
         self._trainer = StepTrainer(
-            distribute(model),
+            distribute(model, **keyword_arguments(cfg.FIBER.TRAIN.DDP)),
             optimizer,
             amp_dtype=choose_amp_dtype(cfg.MODEL.DEVICE) if cfg.SOLVER.AMP.ENABLED else None,
             clip_grad=clip.CLIP_VALUE if full_model else None,
             log_period=self.options.log_period,
+            accumulate=self.options.accumulate,
+            max_nonfinite=self.options.max_nonfinite,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = FiberCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
+        self.stopped: TrainingStopped | None = None
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._evaluation_options = options or EvaluationOptions(pictures=PICTURES)
         self._random_states: list[Any] = []
+        self.best: BestCheckpoint | None = None
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        resuming = resume and self.checkpointer.has_checkpoint()
+        resuming = resume and comm.all_gather(self.checkpointer.has_checkpoint())[0]
         rest = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if resuming:
             self.start_iter = self.iter + 1
@@ -78,8 +90,14 @@ class FiberTrainer(DefaultTrainer):
     def build_hooks(self) -> list[Any]:
         cfg = self.cfg
         test_sets = self.build_test_sets(cfg)
+        check_best_metric(self.options.best, cfg.DATASETS.TEST)
+        final_cfg = cfg.clone()
+        final_cfg.defrost()
+        final_cfg.DATASETS.TEST = tuple(self.options.test_best)
+        final_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, FOLDER)
+        self._final_sets = self.build_test_sets(final_cfg)
         if self._evaluation_options.self_check:
-            check_test_sets(test_sets)
+            check_test_sets([*test_sets, *self._final_sets])
 
         def evaluate() -> dict[str, Any]:
             self._last_eval_results = evaluate_test_sets(
@@ -88,24 +106,69 @@ class FiberTrainer(DefaultTrainer):
                 output_dir=cfg.OUTPUT_DIR,
                 options=self._evaluation_options,
                 checkpoint=f"{cfg.OUTPUT_DIR}, iteration {self.iter}",
+                weights=self.options.weights,
                 storage=self.storage,
             )
             return self._last_eval_results
 
-        return build_training_hooks(
+        made = build_training_hooks(
             self.options,
+            step=self._trainer,
             model=self.checkpointer.model,
             checkpointer=self.checkpointer,
-            scheduler=None,
+            scheduler=self.scheduler,
             evaluate=evaluate,
-        ).all
+            tokenizer=cfg.FIBER.TOKENIZER,
+        )
+        self.best = made.best
+        return made.all
 
     def train(self) -> Any:
+        """Train, and test the best checkpoint on ``FIBER.TRAIN.TEST_BEST``.
+
+        Returns:
+            The results of the last evaluation, in the main process.
+        """
+        if self.best is not None and self.best.stopped:
+            logger.info("Training has ended before: %s", self.best.stopped)
+        else:
+            self._train()
+        if self.best is not None:
+            run_final_test(
+                self.best,
+                self.checkpointer.model,
+                self.options.test_best,
+                self._evaluate_best,
+                os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth"),
+                weights=self.options.weights,
+            )
+        return getattr(self, "_last_eval_results", None)
+
+    def _evaluate_best(self, path: str) -> dict[str, Any]:
+        return evaluate_test_sets(
+            self.checkpointer.model,
+            self._final_sets,
+            output_dir=os.path.join(self.cfg.OUTPUT_DIR, FOLDER),
+            options=self._evaluation_options,
+            checkpoint=path,
+            weights=self.options.weights,
+        )
+
+    def _train(self) -> None:
         self.data_loader = self.build_train_loader(self.cfg, start_index=self.start_iter)
+        if self.options.start_check:
+            plan = RunPlan(
+                self.start_iter,
+                self.max_iter,
+                schedule=self.scheduler,
+                averaged=self.options.ema is not None,
+                bucket_views=self.cfg.FIBER.TRAIN.DDP.GRADIENT_AS_BUCKET_VIEW,
+            )
+            start_check(self._trainer, self.data_loader, plan)
         self._trainer.start_loading()
         restore_random_state(self._random_states)
         with name_the_iteration(self, self.max_iter):
-            return super().train()
+            super().train()
 
     def run_step(self) -> None:
         step = self._trainer
@@ -130,18 +193,18 @@ class FiberTrainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW with the rates and decays of ``cfg.SOLVER``."""
         solver = cfg.SOLVER
-        params = get_param_groups(
-            model,
-            base_lr=solver.BASE_LR,
-            weight_decay=solver.WEIGHT_DECAY,
-            bias_lr_factor=solver.BIAS_LR_FACTOR,
-            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        )
+        params = build_param_groups(cfg, model)
         optimizer = torch.optim.AdamW
         if solver.CLIP_GRADIENTS.CLIP_TYPE != FULL_MODEL:
             optimizer = maybe_add_gradient_clipping(cfg, optimizer)
-        return optimizer(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+        # On GPUs it then learns by itself whether the gradients are finite.
+        fused = next(model.parameters()).is_cuda or None
+        return optimizer(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, fused=fused)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        """What ``SOLVER.LR_SCHEDULER_NAME`` names, see :mod:`fiber_d2.engine.solver`."""
+        return build_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, *, start_index: int = 0) -> Iterable[Any]:
@@ -156,6 +219,7 @@ class FiberTrainer(DefaultTrainer):
             # All processes have to agree on the order of the images.
             seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
             start_index=start_index,
+            accumulate=cfg.FIBER.TRAIN.ACCUMULATE,
             max_tokens=cfg.FIBER.MAX_TOKENS,
             separator=cfg.FIBER.SEPARATOR,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -251,6 +315,7 @@ def run_cfg_node(
         options: of evaluations; None for the defaults with pictures.
     """
     set_up(cfg.OUTPUT_DIR, seed=cfg.SEED)
+    resolve_config(cfg, eval_only=eval_only)
     if comm.is_main_process():
         with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
             file.write(cfg.dump())
@@ -264,5 +329,6 @@ def run_cfg_node(
     model = FiberTrainer.build_model(cfg)
     if not cfg.MODEL.WEIGHTS and not resume:
         logger.warning("No checkpoint is given (MODEL.WEIGHTS): weights are random.")
-    FiberCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer = FiberCheckpointer(model, cfg.OUTPUT_DIR, weights=cfg.FIBER.TRAIN.WEIGHTS)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     FiberTrainer.test(cfg, model, options=options, resumable=True)

@@ -14,10 +14,51 @@ EXPECTED_ERRORS = (ValueError, KeyError, FileNotFoundError)
 
 USAGE_EXIT_CODE = 2
 FAILURE_EXIT_CODE = 1
+# Another machine or process is gone; the same command with --resume goes on.
+LOST_CONTACT_EXIT_CODE = 3
+# The machine was taken away (SIGTERM, SIGUSR1) and all is saved: sysexits.h calls it a temporary
+# failure; the same command with --resume goes on.
+PREEMPTED_EXIT_CODE = 75
+# What shells report of a program that Ctrl-C ended.
+INTERRUPTED_EXIT_CODE = 130
+# All processes end with these together, after what they were at.
+ORDERLY_EXIT_CODES = (INTERRUPTED_EXIT_CODE, PREEMPTED_EXIT_CODE)
 
 
 class RunError(RuntimeError):
     """Something broke inside the training or evaluation loop; the message says where."""
+
+
+class PlainRunError(RunError):
+    """A run was ended by something outside of the program: the message is all one needs."""
+
+
+class NonFiniteError(PlainRunError, FloatingPointError):
+    """Losses or gradients were not finite in too many steps in a row."""
+
+
+class TrainingStopped(BaseException):
+    """Ends a training before its last iteration, which is no failure.
+
+    Like ``KeyboardInterrupt`` it is no ``Exception``: those are logged as errors on their way out
+    of Detectron2's loop.
+    """
+
+
+class Preempted(SystemExit):
+    """A signal announced the end of this machine's time, and the program ends before that.
+
+    Args:
+        message: what is saved, in words.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(PREEMPTED_EXIT_CODE)
+        self.message = message
+
+
+class LostContactError(RuntimeError):
+    """Processes of a job did not come together, or one of them is gone; the message says which."""
 
 
 class ErrorReporter:
@@ -39,10 +80,30 @@ class ErrorReporter:
         self.output_dir = str(output_dir)
 
     @contextmanager
-    def exit_on_error(self) -> Iterator[None]:
-        """Expected errors: one message, exit code 2. Others: the traceback, exit code 1."""
+    def exit_on_error(self, *, outermost: bool = True) -> Iterator[None]:
+        """Expected errors: one message, exit code 2. Others: the traceback, exit code 1.
+
+        Lost contact: one message, exit code 3. What came from outside (PlainRunError): one
+        message, exit code 1. Pre-emption: one message, exit code 75.
+
+        Args:
+            outermost: False hands lost contact on, to whoever knows more of the other processes.
+        """
         try:
             yield
+        except LostContactError as error:
+            if not outermost:
+                raise
+            self._report(error, expected=True)
+            sys.exit(LOST_CONTACT_EXIT_CODE)
+        except Preempted as error:
+            if self._is_first():
+                sys.stderr.write(f"{self.program}: {error.message}\n")
+                sys.stderr.flush()
+            raise
+        except PlainRunError as error:
+            self._report(error, expected=True)
+            sys.exit(FAILURE_EXIT_CODE)
         except EXPECTED_ERRORS as error:
             self._report(error, expected=True)
             sys.exit(USAGE_EXIT_CODE)
@@ -50,11 +111,18 @@ class ErrorReporter:
             self._report(error, expected=False)
             sys.exit(FAILURE_EXIT_CODE)
 
+    def _is_first(self) -> bool:
+        """Whether no process of this machine has spoken yet; from now on one has."""
+        if self.first is None:
+            return True
+        if self.first.is_set():
+            return False
+        self.first.set()
+        return True
+
     def _report(self, error: Exception, *, expected: bool) -> None:
-        if self.first is not None:
-            if self.first.is_set():
-                return
-            self.first.set()
+        if not self._is_first():
+            return
         details = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         where = self._write(details)
         if not expected or os.environ.get("FIBER_TRACEBACK") == "1":

@@ -11,13 +11,9 @@ from typing import Any
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
-from detectron2.utils.events import (
-    CommonMetricPrinter,
-    EventWriter,
-    JSONWriter,
-    TensorboardXWriter,
-)
+from detectron2.utils.events import EventWriter
 
+from .errors import Preempted
 from .randomness import preserved_random_state, random_state
 
 
@@ -70,10 +66,40 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
         iteration = self.trainer.iter
         if (iteration + 1) % self.period != 0 and iteration < self.max_iter - 1:
             return
-        self.trainer.flush_metrics()
-        states = comm.gather(random_state())
+        states = self._states()
         if comm.is_main_process():
             self.step(iteration, random_states=states)
+
+    def save_now(self) -> str:
+        """Save after this iteration, unless that is done; the path. All processes call it."""
+        iteration = self.trainer.iter
+        name = f"{self.file_prefix}_{iteration:07d}"
+        if (iteration + 1) % self.period != 0:
+            self._save(name)
+        return os.path.join(self.checkpointer.save_dir, f"{name}.pth")
+
+    def prepare(self) -> None:
+        """Get ready to save without the other processes. All processes call it."""
+        self._prepared = self._states()
+
+    def save_prepared(self) -> None:
+        """Save what was there at :meth:`prepare`, if nothing has changed the weights since."""
+        if comm.is_main_process():
+            name = f"{self.file_prefix}_{self.trainer.iter:07d}"
+            self.save(name, iteration=self.trainer.iter, random_states=self._prepared)
+
+    def save_final(self) -> None:
+        """Save what a training that ends early has come to. All processes call it."""
+        self._save(f"{self.file_prefix}_final")
+
+    def _save(self, name: str) -> None:
+        states = self._states()
+        if comm.is_main_process():
+            self.save(name, iteration=self.trainer.iter, random_states=states)
+
+    def _states(self) -> list[dict[str, Any]]:
+        self.trainer.flush_metrics()
+        return comm.gather(random_state())
 
 
 class EvaluationHook(HookBase):
@@ -84,15 +110,22 @@ class EvaluationHook(HookBase):
     Args:
         period: iterations between two evaluations; 0 evaluates at the end only.
         evaluate: results as nested dicts of numbers; called in all processes.
+        checkpoint: saves where a signal ends the program during an evaluation, which may be long.
 
     Attributes:
         results: of the last evaluation; empty in all processes but the main one.
         last_iteration: the iteration after which it was made, in all processes; None before.
     """
 
-    def __init__(self, period: int, evaluate: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        period: int,
+        evaluate: Callable[[], dict[str, Any]],
+        checkpoint: CheckpointHook | None = None,
+    ) -> None:
         self.period = period
         self.evaluate = evaluate
+        self.checkpoint = checkpoint
         self.results: dict[str, Any] = {}
         self.last_iteration: int | None = None
 
@@ -107,8 +140,17 @@ class EvaluationHook(HookBase):
 
     def evaluate_now(self, iteration: int) -> None:
         """Evaluate the weights after ``iteration``; all processes take part."""
-        with preserved_random_state():
-            self.results = self.evaluate()
+        # Not where an evaluation is made up for: the weights are those of the last checkpoint.
+        saves = self.checkpoint is not None and iteration == self.trainer.iter
+        if saves:
+            self.checkpoint.prepare()
+        try:
+            with preserved_random_state():
+                self.results = self.evaluate()
+        except Preempted:
+            if saves:
+                self.checkpoint.save_prepared()
+            raise
         self.last_iteration = iteration
         if comm.is_main_process():
             numbers = {
@@ -135,16 +177,3 @@ class WritersHook(hooks.PeriodicWriter):
 
     def before_train(self) -> None:
         self._writers = self._make_writers()
-
-
-def build_writers(output_dir: str, max_iter: int) -> list[EventWriter]:
-    """Progress on the terminal, ``training.jsonl`` and TensorBoard curves in ``output_dir``.
-
-    ``metrics.json``, the name Detectron2 gives the first of the files, holds the final results.
-    """
-    os.makedirs(output_dir, exist_ok=True)
-    return [
-        CommonMetricPrinter(max_iter),
-        JSONWriter(os.path.join(output_dir, "training.jsonl")),
-        TensorboardXWriter(os.path.join(output_dir, "tensorboard")),
-    ]

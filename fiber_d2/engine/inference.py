@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from .partial import SavedPredictions
+from .preemption import awaited, end_if_preempted
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,11 @@ Batch = Sequence[Mapping[str, Any]]
 PROGRESS_SECONDS = 5.0
 # The signal may come twice at once, from the terminal and from the parent process.
 _SECOND_THOUGHT_SECONDS = 1.0
+
+
+# What to do after a signal that ends the program.
+_GO_ON = "The same command, for a training with --resume, evaluates again."
+_GO_ON_EVALUATING = "The same command with --resume-eval goes on from what is saved."
 
 
 class EvaluationInterrupted(KeyboardInterrupt):
@@ -69,11 +75,13 @@ def run_inference(
         if isinstance(model, nn.Module):
             stack.enter_context(inference_context(model))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(awaited())
         stop = stack.enter_context(_stop_on_interrupt()) if saved is not None else None
         failure: Exception | None = None
         try:
             for inputs, outputs in _with_progress(model, loader, saved):
                 evaluator.process(inputs, outputs)
+                end_if_preempted(_GO_ON if saved is None else _GO_ON_EVALUATING)
                 if stop is not None and stop.is_set():
                     break
         except Exception as error:

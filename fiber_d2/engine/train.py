@@ -21,13 +21,20 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .best import check_best_metric
 from .checkpointer import FiberCheckpointer
+from .ema import weights_to_evaluate
 from .evaluate import build_test_sets, check_test_sets, do_test
+from .final_test import config_of_final_test, run_final_test
 from .overrides import takes_argument
 from .randomness import set_random_state
 from .report import RunSummary
+from .resolve import resolve_config
+from .scaling import lengths_from_epochs
+from .start_check import RunPlan, start_check
 from .step import StepTrainer, choose_amp_dtype
 from .training_hooks import TrainingOptions, build_training_hooks
+from .tuning import apply_tuning
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +68,16 @@ def set_up(output_dir: str, *, seed: int, threads: int | None = None) -> None:
         )
 
 
-def distribute(model: nn.Module) -> nn.Module:
-    """``model``, wrapped where there are several processes; on CPUs as well as on GPUs."""
+def distribute(
+    model: nn.Module, *, static_graph: bool = False, gradient_as_bucket_view: bool = True
+) -> nn.Module:
+    """``model``, wrapped where there are several processes; on CPUs as well as on GPUs.
+
+    Args:
+        static_graph: every step uses the same parameters in the same order; see docs/scaling.md.
+        gradient_as_bucket_view: gradients live in the buffers that are sent, which saves a copy
+            of them.
+    """
     if comm.get_world_size() == 1:
         return model
     on_gpu = next(model.parameters()).is_cuda
@@ -72,6 +87,8 @@ def distribute(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[torch.cuda.current_device()] if on_gpu else None,
+        static_graph=static_graph,
+        gradient_as_bucket_view=gradient_as_bucket_view,
         **{argument: False},
     )
 
@@ -93,6 +110,7 @@ def run_lazy_config(cfg: DictConfig, *, resume: bool = False, eval_only: bool = 
     if not eval_only and "optimizer" not in cfg:
         raise ValueError("This configuration only evaluates, it has no optimizer: add --eval-only.")
     set_up(cfg.train.output_dir, seed=cfg.train.seed, threads=cfg.train.get("threads"))
+    resolve_config(cfg, eval_only=eval_only)
     if comm.is_main_process():
         LazyConfig.save(cfg, os.path.join(cfg.train.output_dir, "config.yaml"))
     register = cfg.get("register") or []
@@ -115,14 +133,17 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[st
     if cfg.train.get("self_check", True):
         check_test_sets(test_sets)
     model = instantiate(cfg.model).to(cfg.train.device)
-    checkpointer = FiberCheckpointer(model, cfg.train.output_dir)
+    weights = cfg.train.get("weights", "model")
+    checkpointer = FiberCheckpointer(model, cfg.train.output_dir, weights=weights)
     path = cfg.train.init_checkpoint
     if resume and checkpointer.has_checkpoint():
         path = checkpointer.get_checkpoint_file()
     if not path:
         logger.warning("No checkpoint is given (train.init_checkpoint): weights are random.")
     checkpointer.load(path, checkpointables=[])
-    results = do_test(cfg, model, test_sets=test_sets, checkpoint=path, resumable=True)
+    results = do_test(
+        cfg, model, test_sets=test_sets, checkpoint=path, weights=weights, resumable=True
+    )
     if "summary" in cfg and comm.is_main_process():
         instantiate(cfg.summary)(results, cfg.train.output_dir)
     return results
@@ -143,51 +164,89 @@ def do_train(
     """
     started = time.perf_counter() if started is None else started
     train = cfg.train
+    lengths_from_epochs(cfg)
     options = TrainingOptions.of(train)
     model = instantiate(cfg.model).to(train.device)
+    apply_tuning(model, train.get("tuning"))
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("The model has %.2f M trainable parameters", num_parameters / 1e6)
     if comm.is_main_process():
         with open(os.path.join(train.output_dir, "model.txt"), "w") as file:
             file.write(f"{model}\n")
     trainer = StepTrainer(
-        distribute(model),
+        distribute(model, **train.get("ddp", {})),
         build_optimizer(cfg, model),
         amp_dtype=(
             choose_amp_dtype(train.device, train.amp.get("dtype")) if train.amp.enabled else None
         ),
         clip_grad=train.get("clip_grad"),
         log_period=train.log_period,
+        accumulate=options.accumulate,
+        max_nonfinite=options.max_nonfinite,
     )
     checkpointer = FiberCheckpointer(model, train.output_dir, trainer=trainer)
     test_sets = build_test_sets(cfg)
+    check_best_metric(options.best, [test_set.name for test_set in test_sets])
+    final_cfg = config_of_final_test(cfg)
+    final_sets = build_test_sets(final_cfg)
     if train.get("self_check", True):
-        check_test_sets(test_sets)
+        check_test_sets([*test_sets, *final_sets])
     report = instantiate(cfg.report) if "report" in cfg else None
     final_checkpoint = os.path.join(train.output_dir, "model_final.pth")
 
     def evaluate() -> dict[str, dict[str, Any]]:
         where = f"{train.output_dir}, iteration {trainer.iter}"
-        return do_test(cfg, model, test_sets=test_sets, checkpoint=where, storage=trainer.storage)
+        return do_test(
+            cfg,
+            model,
+            test_sets=test_sets,
+            checkpoint=where,
+            weights=options.weights,
+            storage=trainer.storage,
+        )
 
     hooks = build_training_hooks(
         options,
+        step=trainer,
         model=model,
         checkpointer=checkpointer,
         scheduler=instantiate(cfg.lr_multiplier),
         evaluate=evaluate,
+        tokenizer=cfg.dataloader.train.get("tokenizer"),
     )
     trainer.register_hooks(hooks.all)
     start_iter, random_states = start_or_resume(checkpointer, trainer, train, resume)
-    if start_iter < train.max_iter:
-        trainer.data_loader = build_train_loader(cfg, start_iter)
+    stopped = hooks.best.stopped if hooks.best is not None else ""
+    if start_iter < train.max_iter and not stopped:
+        trainer.data_loader = build_train_loader(cfg, start_iter, accumulate=options.accumulate)
+        if options.start_check:
+            plan = RunPlan(
+                start_iter,
+                train.max_iter,
+                schedule=instantiate(cfg.lr_multiplier),
+                averaged=options.ema is not None,
+                bucket_views=train.get("ddp", {}).get("gradient_as_bucket_view", True),
+            )
+            start_check(trainer, trainer.data_loader, plan)
         trainer.start_loading()
         restore_random_state(random_states)
         trainer.train(start_iter, train.max_iter)
         results = hooks.evaluation.results
+        iterations = hooks.evaluation.last_iteration + 1
     else:
-        logger.info("All %d iterations are done already: evaluation only", train.max_iter)
-        results = do_test(cfg, model, test_sets=test_sets, checkpoint=final_checkpoint)
+        done = f"Training has ended before: {stopped}" if stopped else "All iterations are done"
+        logger.info("%s; evaluation only", done)
+        with weights_to_evaluate(options.weights, hooks.ema):
+            results = do_test(
+                cfg,
+                model,
+                test_sets=test_sets,
+                checkpoint=final_checkpoint,
+                weights=options.weights,
+            )
+        iterations = start_iter
+        if hooks.best is not None:
+            hooks.best.finish(start_iter - 1, results)
     if report is not None and comm.is_main_process():
         report(
             RunSummary(
@@ -196,10 +255,27 @@ def do_train(
                 checkpoint=final_checkpoint,
                 seed=train.seed,
                 num_parameters=num_parameters,
-                iterations=max(start_iter, train.max_iter),
+                iterations=iterations,
                 train_seconds=hooks.clock.seconds,
                 total_seconds=time.perf_counter() - started,
+                best=hooks.best.summary() if hooks.best is not None else None,
             )
+        )
+    if hooks.best is not None:
+        # Last, as it replaces the weights of the model.
+        run_final_test(
+            hooks.best,
+            model,
+            options.test_best,
+            lambda path: do_test(
+                final_cfg,
+                model,
+                test_sets=final_sets,
+                checkpoint=path,
+                weights=options.weights,
+            ),
+            final_checkpoint,
+            weights=options.weights,
         )
     return results
 
@@ -208,13 +284,28 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser of ``cfg.optimizer``, whose node ``params`` lacks only the model."""
     node = copy.deepcopy(cfg.optimizer)
     node.params.model = model
+    on_gpu = next(model.parameters()).is_cuda
+    plain = OmegaConf.to_container(node, resolve=False)
+    if on_gpu and takes_argument(plain, "fused") and not {"fused", "foreach"} & plain.keys():
+        # It learns on the GPU whether the gradients are finite; others make the host wait.
+        node.fused = True
     return instantiate(node)
 
 
-def build_train_loader(cfg: DictConfig, start_iter: int) -> Any:
-    """The loader of ``cfg.dataloader.train``, from the batch of iteration ``start_iter`` on."""
+def build_train_loader(cfg: DictConfig, start_iter: int, *, accumulate: int = 1) -> Any:
+    """The loader of ``cfg.dataloader.train``, from the batch of iteration ``start_iter`` on.
+
+    Args:
+        accumulate: batches of an iteration. The loader gets them by that name where it can, and
+            then counts in iterations; any other one counts in batches.
+    """
     node = copy.deepcopy(cfg.dataloader.train)
-    if takes_argument(OmegaConf.to_container(node, resolve=False), "start_index"):
+    plain = OmegaConf.to_container(node, resolve=False)
+    if takes_argument(plain, "accumulate"):
+        node.accumulate = accumulate
+    else:
+        start_iter *= accumulate
+    if takes_argument(plain, "start_index"):
         node.start_index = start_iter
     elif start_iter:
         logger.warning(
@@ -228,7 +319,8 @@ def start_or_resume(
     checkpointer: FiberCheckpointer, trainer: StepTrainer, train: DictConfig, resume: bool
 ) -> tuple[int, list[Mapping[str, Any]]]:
     """Load what there is to load; the iteration to start with and the saved random states."""
-    resuming = resume and checkpointer.has_checkpoint()
+    # The main process's folder counts; others may not see it yet.
+    resuming = resume and comm.all_gather(checkpointer.has_checkpoint())[0]
     rest = checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     if not resuming:
         return 0, []

@@ -45,10 +45,11 @@ class TensorBoardWriter(TensorboardXWriter):
     Args:
         log_dir: the folder of the event files.
         texts: where they come from.
+        window: numbers are the median of so many iterations.
     """
 
-    def __init__(self, log_dir: str, texts: TextLog) -> None:
-        super().__init__(log_dir)
+    def __init__(self, log_dir: str, texts: TextLog, window: int = 20) -> None:
+        super().__init__(log_dir, window)
         self._texts = texts
 
     def write(self) -> None:
@@ -65,23 +66,25 @@ class WandbWriter(EventWriter):
     Args:
         output_dir: of the training; remembers which run of wandb it is.
         options: of ``wandb.init``, such as ``project``, ``name`` or ``mode="offline"``.
+        window: numbers are the median of so many iterations.
 
     Raises:
         ValueError: wandb is not installed.
     """
 
-    def __init__(self, output_dir: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, output_dir: str, options: Mapping[str, Any], window: int = 20) -> None:
         self._wandb = import_wandb()
         marker = Path(output_dir, WANDB_RUN_FILE)
         known = {"id": marker.read_text().strip()} if marker.is_file() else {}
         self._run = self._wandb.init(**{"dir": output_dir, "resume": "allow", **known, **options})
         write_atomically(str(marker), lambda file: file.write(f"{self._run.id}\n".encode()))
+        self._window = window
         self._last_write = -1
 
     def write(self) -> None:
         storage = get_event_storage()
         rows: dict[int, dict[str, Any]] = defaultdict(dict)
-        for name, (value, iteration) in storage.latest_with_smoothing_hint(20).items():
+        for name, (value, iteration) in storage.latest_with_smoothing_hint(self._window).items():
             if iteration > self._last_write:
                 rows[iteration][name] = value
         for name, picture, iteration in storage._vis_data:
@@ -116,6 +119,7 @@ def build_writers(
     output_dir: str,
     max_iter: int,
     *,
+    window: int = 20,
     texts: TextLog | None = None,
     wandb: Mapping[str, Any] | None = None,
 ) -> list[EventWriter]:
@@ -124,6 +128,8 @@ def build_writers(
     ``metrics.json``, the name Detectron2 gives the first of the files, holds the final results.
 
     Args:
+        window: numbers in files are the median of so many iterations: of one log period, so that
+            they do not depend on what was before it, or whether the run was interrupted there.
         texts: for TensorBoard.
         wandb: options of ``wandb.init``; None does without.
 
@@ -133,9 +139,9 @@ def build_writers(
     os.makedirs(output_dir, exist_ok=True)
     writers: list[EventWriter] = [
         CommonMetricPrinter(max_iter),
-        JSONWriter(os.path.join(output_dir, "training.jsonl")),
+        JSONWriter(os.path.join(output_dir, "training.jsonl"), window),
     ]
     if wandb is not None:
-        writers.append(WandbWriter(output_dir, wandb))
+        writers.append(WandbWriter(output_dir, wandb, window))
     folder = os.path.join(output_dir, "tensorboard")
-    return [*writers, TensorBoardWriter(folder, texts or TextLog())]
+    return [*writers, TensorBoardWriter(folder, texts or TextLog(), window)]

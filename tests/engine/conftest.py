@@ -59,6 +59,18 @@ def datasets_root(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def write_config():
+    """``write_config(path)``: the configuration, for fixtures that many tests share."""
+    return lambda path: path.write_text(CONFIG.format(repository=REPOSITORY, dropout=0.0))
+
+
+@pytest.fixture(scope="session")
+def dropout_config():
+    """Text of the file that ``dropout_config_file`` is, for fixtures that several tests share."""
+    return CONFIG.format(repository=REPOSITORY, dropout=0.2)
+
+
 @pytest.fixture
 def config_file(tmp_path):
     path = tmp_path / "config.py"
@@ -67,10 +79,10 @@ def config_file(tmp_path):
 
 
 @pytest.fixture
-def dropout_config_file(tmp_path):
+def dropout_config_file(tmp_path, dropout_config):
     """Draws random numbers in every step."""
     path = tmp_path / "dropout_config.py"
-    path.write_text(CONFIG.format(repository=REPOSITORY, dropout=0.2))
+    path.write_text(dropout_config)
     return path
 
 

@@ -7,7 +7,7 @@ from detectron2.engine import HookBase
 from torch import nn
 
 from fiber_d2.engine.checkpointer import FiberCheckpointer
-from fiber_d2.engine.errors import RunError
+from fiber_d2.engine.errors import NonFiniteError, RunError
 from fiber_d2.engine.hooks import CheckpointHook, EvaluationHook, TrainingClock
 from fiber_d2.engine.step import StepTrainer
 
@@ -21,11 +21,11 @@ class Model(nn.Module):
         return {"loss": (self.w * batch).sum()}
 
 
-def make_trainer(batches=None, log_period=100):
+def make_trainer(batches=None, log_period=100, **options):
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batches = [torch.ones(1)] * 100 if batches is None else batches
-    return StepTrainer(model, optimizer, batches, log_period=log_period)
+    return StepTrainer(model, optimizer, batches, log_period=log_period, **options)
 
 
 def files(folder):
@@ -53,10 +53,10 @@ def test_a_new_run_leaves_checkpoints_of_an_older_one_alone(tmp_path):
 
 def test_weights_of_a_failed_run_do_not_replace_good_ones(tmp_path):
     batches = [torch.ones(1)] * 4 + [torch.full((1,), torch.nan)] * 4
-    trainer = make_trainer(batches)
+    trainer = make_trainer(batches, max_nonfinite=2)
     checkpointer = FiberCheckpointer(trainer.model, str(tmp_path), trainer=trainer)
     trainer.register_hooks([CheckpointHook(checkpointer, 3)])
-    with pytest.raises(FloatingPointError, match="iteration 4"):
+    with pytest.raises(NonFiniteError, match="iteration 5"):
         trainer.train(0, 8)
     assert files(tmp_path) == ["model_0000002.pth"]
 
