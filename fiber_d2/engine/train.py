@@ -136,8 +136,8 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[st
     weights = cfg.train.get("weights", "model")
     checkpointer = FiberCheckpointer(model, cfg.train.output_dir, weights=weights)
     path = cfg.train.init_checkpoint
-    if resume and checkpointer.has_checkpoint():
-        path = checkpointer.get_checkpoint_file()
+    if resume and comm.all_gather(checkpointer.has_checkpoint())[0]:
+        path = checkpointer.find_last_sound()
     if not path:
         logger.warning("No checkpoint is given (train.init_checkpoint): weights are random.")
     checkpointer.load(path, checkpointables=[])

@@ -117,7 +117,7 @@ def run(start):
 
     def run(*arguments, **environment):
         process = start(*arguments, **environment)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=900)
         return process.returncode, out, err
 
     return run
