@@ -361,10 +361,11 @@ def test_the_table_of_a_training_of_several_data_sets(cfg, logged):
 
 @pytest.mark.slow
 def test_a_training_does_not_notice_the_check(tmp_path, dropout_config_file, run):
-    arguments = ["--config-file", dropout_config_file, "dataloader.test=null", "train.max_iter=3"]
+    config = ("--config-file", dropout_config_file)
+    overrides = ("dataloader.test=null", "train.max_iter=3")
     logs = {}
     for name, more in (("checked", []), ("unchecked", ["--skip-start-check"])):
-        code, _, err = run(*arguments, *more, f"train.output_dir={name}")
+        code, _, err = run(*config, *more, *overrides, f"train.output_dir={name}")
         assert (code, err) == (0, "")
         logs[name] = (tmp_path / name / "log.txt").read_text()
     assert "Start-up check passed in" in logs["checked"]
@@ -382,7 +383,7 @@ def test_a_training_does_not_notice_the_check(tmp_path, dropout_config_file, run
     spoilt["model"]["head.bbox_pred.weight"][:] = torch.nan
     spoilt["iteration"] = spoilt["trainer"]["iteration"] = 1
     torch.save(spoilt, path)
-    code, _, err = run(*arguments, "--resume", "train.output_dir=checked")
+    code, _, err = run(*config, "--resume", *overrides, "train.output_dir=checked")
     assert code == 2
     (line,) = err.splitlines()
     assert "The start-up check failed: the first batch has a loss that is not finite" in line
