@@ -296,6 +296,7 @@ class FiberTrainer(DefaultTrainer):
             output_dir=cfg.OUTPUT_DIR,
             options=options,
             checkpoint=cfg.MODEL.WEIGHTS,
+            weights=cfg.FIBER.TRAIN.WEIGHTS,
             resumable=resumable,
         )
 

@@ -2,12 +2,16 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fiber_d2.engine.checkpointer import FiberCheckpointer
 from fiber_d2.engine.ema import EMA_KEY, EmaHook, ModelEma, weights_to_evaluate
 from fiber_d2.engine.step import StepTrainer
+from fiber_d2.engine.train import distribute
+from fiber_d2.engine.training_hooks import TrainingOptions
 
 
 class Net(nn.Module):
@@ -155,7 +159,61 @@ def test_which_weights_to_evaluate():
         weights_to_evaluate("best", ema)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "ema"}, "averages no weights: set train.ema.decay=0.999"),
+        ({"weights": "best"}, "train.weights is 'best': choose model or ema"),
+    ],
+)
+def test_options_of_a_training(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingOptions(output_dir="out", max_iter=1, **options)
+
+
+def test_a_checkpoint_without_averages(tmp_path):
+    model = Net()
+    FiberCheckpointer(model, str(tmp_path)).save("plain")
+    checkpointer = FiberCheckpointer(model, str(tmp_path), weights="ema")
+    with pytest.raises(ValueError, match=r"plain\.pth holds no averaged weights"):
+        checkpointer.load(str(tmp_path / "plain.pth"))
+    with pytest.raises(ValueError, match="train.weights is 'best'"):
+        FiberCheckpointer(model, str(tmp_path), weights="best")
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_decay_out_of_range(decay):
     with pytest.raises(ValueError, match="at least 0 and below 1"):
         ModelEma(Net(), decay)
+
+
+def average_in_a_process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", world_size=2, rank=rank)
+    model = Net()
+    model.norm = nn.Identity()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    # Each process sees a half of the batch; the loss is a mean, so the gradients are those of all.
+    own = [batch[2 * rank : 2 * rank + 2] for batch in batches()]
+    trainer = StepTrainer(distribute(model), optimizer, own)
+    ema = ModelEma(model, 0.9)
+    trainer.register_hooks([EmaHook(ema)])
+    trainer.train(0, 6)
+    torch.save(ema.state_dict(), f"{folder}/{rank}.pth")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_average_of_one(tmp_path):
+    mp.spawn(average_in_a_process, args=(str(tmp_path),), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1)]
+    assert equal(*found)
+    model = Net()
+    model.norm = nn.Identity()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    trainer, ema = StepTrainer(model, optimizer, batches()), ModelEma(model, 0.9)
+    trainer.register_hooks([EmaHook(ema)])
+    trainer.train(0, 6)
+    for name, value in ema.state_dict().items():
+        torch.testing.assert_close(found[0][name], value, rtol=1e-5, atol=1e-6)
