@@ -4,6 +4,7 @@ from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
 
 from fiber_d2.modeling import AnchorGrid, GroundingLoss
 from fiber_d2.modeling.boxes import centerness_targets, decode_boxes
+from fiber_d2.modeling.metrics import collected_metrics
 
 
 def _inputs(tokens=6, batch=2):
@@ -28,12 +29,14 @@ def test_agrees_with_a_loop_over_images():
     positive_map = torch.zeros(2, 2, 6, dtype=torch.bool)
     positive_map[0, 0, 1:3] = positive_map[0, 1, 4] = positive_map[1, 0, 2] = True
     objective = GroundingLoss()
-    found = objective(levels, logits, deltas, centerness, mask, boxes, valid, positive_map)
+    with collected_metrics() as metrics:
+        found = objective(levels, logits, deltas, centerness, mask, boxes, valid, positive_map)
 
     assigned = objective.assigner(levels, boxes, valid)
     anchors = torch.cat(levels)
     total = int((assigned >= 0).sum())
     assert total > 3
+    assert metrics == {"positives_per_image": total / 2}
     token = box = center = weights = 0.0
     for image in range(2):
         positive = assigned[image] >= 0
