@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fiber_d2.engine.checkpointer import FiberCheckpointer
 from fiber_d2.engine.ema import EMA_KEY, EmaHook, ModelEma, weights_to_evaluate
@@ -81,6 +82,24 @@ def test_agrees_with_torch_on_parameters():
     found = ema.state_dict()
     for name, parameter in theirs.module.named_parameters():
         torch.testing.assert_close(found[name], parameter)
+
+
+def test_nothing_waits_for_the_device():
+    class HostReads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            HostReads.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    ema = ModelEma(Net(), 0.9)
+    with HostReads():
+        ema.update()
+        with ema.applied():
+            pass
+        assert HostReads.count == 0
+        torch.ones(()).item()
+    assert HostReads.count == 1
 
 
 def test_applied_and_taken_back_bit_by_bit():
