@@ -5,7 +5,11 @@ Takes the options of Detectron2's scripts, a LazyConfig (``.py``) or a CfgNode (
 ``key=value`` overrides; ``--help`` lists them. Installed as ``fiber-d2-train`` too.
 """
 
+import os
 import warnings
+
+# torch's C++ warnings, pages of them when a connection ends, would hide the one message about it.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 # fvcore and Detectron2 compile functions with it when they are imported.
 warnings.filterwarnings("ignore", message="`torch.jit.script", category=FutureWarning)
