@@ -115,13 +115,17 @@ def fingerprint_of(protocol: Mapping[str, Any], digest: str) -> dict[str, Any]:
     """What the predictions, and not only their scores, depend on.
 
     Weights count by their content too, so that a file that was overwritten is noticed. How
-    predictions are scored does not matter.
+    predictions are scored does not matter, nor how many images share a batch: what ran out of
+    memory may go on with smaller ones.
 
     Args:
         digest: of :func:`weights_digest`.
     """
     left_out = ("versions", "metric", "evaluator", "settings")
     found = {key: value for key, value in protocol.items() if key not in left_out}
+    settings = dict(found["prompts_and_images"])
+    settings.pop("batch_size", None)
+    found["prompts_and_images"] = settings
     found["weights"] = f"{protocol['weights']}, {digest}"
     found["annotations"] = _file_state(MetadataCatalog.get(protocol["dataset"]).get("json_file"))
     return found

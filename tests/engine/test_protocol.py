@@ -121,6 +121,11 @@ def test_fingerprints_are_of_predictions_not_of_scores():
     evaluator._topk = (3,)
     before = fingerprint_of(protocol(), "d")
     assert fingerprint_of(protocol(evaluator=evaluator), "d") == before
+    batches = describe_node(node(batch_size=7))
+    assert fingerprint_of(protocol(loader_settings=batches), "d") == before
+    assert protocol(loader_settings=batches)["prompts_and_images"]["batch_size"] == 7
+    other = describe_node(node(separator=", "))
+    assert fingerprint_of(protocol(loader_settings=other), "d") != before
     assert fingerprint_of(protocol(), "e") != before
     assert fingerprint_of(protocol(prompts=[prompt(5), prompt(8)]), "d") != before
     assert fingerprint_of(protocol(model=PostProcessor()), "d") != before
