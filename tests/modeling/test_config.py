@@ -97,6 +97,21 @@ def test_both_configurations_build_the_same_fiber_b():
     assert_equal_models(from_yaml([]), lazy, 96)
 
 
+def test_both_configurations_turn_on_checkpointing():
+    keys = [f"MODEL.FIBER.{part}.CHECKPOINT" for part in ("VISION", "TEXT", "TOWER")]
+    cfg = LazyConfig.load(str(CONFIGS / "common/models/fiber_tiny.py"))
+    cfg.model.backbone.vision.checkpoint = cfg.model.backbone.text.checkpoint = True
+    cfg.model.head.tower.checkpoint = True
+    overrides = [value for key in keys for value in (key, True)]
+    for model, on in (
+        (from_yaml([*TINY, *overrides]), True),
+        (instantiate(cfg.model), True),
+        (from_yaml(TINY), False),
+    ):
+        parts = (model.backbone.swin, model.backbone.text, model.head.tower)
+        assert [part.checkpoint for part in parts] == [on] * 3
+
+
 def test_unfitting_towers_are_refused():
     with pytest.raises(ValueError, match="fused blocks have widths"):
         cfg = LazyConfig.load(str(CONFIGS / "common/models/fiber_tiny.py"))

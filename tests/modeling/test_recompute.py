@@ -79,7 +79,9 @@ def without():
 
 
 @pytest.mark.parametrize(
-    "parts,dtype", [*((parts, None) for parts in PARTS), (PARTS[3], torch.bfloat16)], ids=str
+    "parts,dtype",
+    [*((parts, None) for parts in PARTS), (PARTS[3], torch.bfloat16)],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else str(value),
 )
 def test_losses_and_gradients_are_those_without(build, without, parts, dtype):
     if dtype not in without:
