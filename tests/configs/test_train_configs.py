@@ -305,7 +305,9 @@ def test_print_config_of_a_yaml_file(capsys):
     assert (cfg.SEED, cfg.MODEL.FIBER.TEXT.DIM) == (7, 768)
 
 
-def test_print_config_names_what_is_wrong(capsys, tmp_path):
+def test_print_config_names_what_is_wrong(capsys, tmp_path, monkeypatch):
+    # An error leaves its log in the output folder.
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "config.py"
     path.write_text("train = dict(device='cpu', output_dir='out', max_iter='${no.such.key}')\n")
     with pytest.raises(SystemExit) as stopped:
