@@ -9,26 +9,23 @@ docs/fewshot.md explains it.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
 import fiber_d2  # noqa: F401 - registers the built-in data sets
-from fiber_d2.files import replacing, save_json
+from fiber_d2.files import replacing
 
-from .best import BEST_FILE
 from .errors import INTERRUPTED_EXIT_CODE, ErrorReporter
 from .fewshot_plan import (
     AUTO,
@@ -44,7 +41,7 @@ from .fewshot_plan import (
     quoted,
 )
 from .fewshot_runs import Run, digest_of, execute, state_of_file
-from .fewshot_table import make_rows, markdown_table
+from .fewshot_table import make_rows, markdown_table, read_training, read_zero_shot, write_table
 from .overrides import import_user_modules, load_config
 from .resolve import config_text
 
@@ -53,7 +50,6 @@ PROGRAM = "fiber_d2.engine.fewshot"
 logger = logging.getLogger(PROGRAM)
 
 DEFAULT_CONFIG = "configs/finetune/odinw_full.py"
-TABLE = "table"
 _OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=.*", re.DOTALL)
 # Of the recipe, what is a matter of taste or of the machine.
 _INDIFFERENT = ("output_dir", "device", "threads", "timeout", "log_period", "pictures")
@@ -173,17 +169,24 @@ def run_protocol(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     tested = None
     if zero_shot:
-        tested = do_run(zero_shot, partial(collect_zero_shot, splits), args.keep)["test"]
+        tested = do_run(zero_shot, partial(read_zero_shot, splits.test), args.keep)["test"]
     results: dict[tuple[int, int], dict[str, Any]] = {}
-    rows = make_rows(tested, args.shots, results)
     pace = Pace([run for _, run in runs])
+    about = {
+        "dataset": args.dataset,
+        "splits": asdict(splits),
+        "config_file": args.config_file,
+        "overrides": args.overrides,
+        "epochs": args.epochs,
+        "metric": args.metric,
+    }
     for training, run in runs:
-        cell = do_run(run, partial(collect_training, training, splits), args.keep, pace)
-        results[training.shots, training.seed] = cell
+        cell = do_run(run, partial(read_training, splits.test), args.keep, pace)
+        more = {"images": training.num_images, "selection": training.selection}
+        results[training.shots, training.seed] = {**cell, **more}
         rows = make_rows(tested, args.shots, results)
-        write_table(args, splits, rows, complete=len(results) == len(runs))
-    write_table(args, splits, rows, complete=True)
-    logger.info("%s\n%s", args.output / f"{TABLE}.md", markdown_table(rows))
+        write_table(args.output, about, rows, complete=len(results) == len(runs))
+    logger.info("%s\n%s", args.output / "table.md", markdown_table(rows))
     return rows
 
 
@@ -329,37 +332,6 @@ def _shown(value: float | None) -> str:
     return "none" if value is None else f"{value:.2f}"
 
 
-def collect_zero_shot(splits: Splits, folder: Path) -> dict[str, Any]:
-    """Of an evaluation."""
-    with open(folder / "inference" / splits.test / "results.json") as file:
-        return {"test": _numbers(json.load(file)["results"])}
-
-
-def collect_training(training: Training, splits: Splits, folder: Path) -> dict[str, Any]:
-    """Of a finished training."""
-    with open(folder / BEST_FILE) as file:
-        content = json.load(file)
-    best = content["best"] or {"value": None, "iteration": None}
-    return {
-        "test": _numbers(content["test"][splits.test]),
-        "val": best["value"],
-        "best_iteration": best["iteration"],
-        "iterations": content["evaluations"][-1]["iteration"] + 1,
-        "stopped_early": content["stopped_early"],
-        "images": training.num_images,
-        "selection": training.selection,
-    }
-
-
-def _numbers(results: Mapping[str, Any]) -> dict[str, float | None]:
-    """Flat names to numbers; what is none, such as NaN, is None."""
-    return {
-        name: float(value) if value is not None and math.isfinite(value) else None
-        for name, value in flatten_results_dict(dict(results)).items()
-        if value is None or isinstance(value, (int, float))
-    }
-
-
 def describe(
     args: argparse.Namespace,
     splits: Splits,
@@ -393,31 +365,6 @@ def describe(
             "optimistic.",
             splits.val,
         )
-
-
-def write_table(
-    args: argparse.Namespace, splits: Splits, rows: Sequence[Mapping[str, Any]], *, complete: bool
-) -> None:
-    """``table.md`` and ``table.json`` of what is done so far."""
-    content = {
-        "dataset": args.dataset,
-        "splits": {"train": splits.train, "val": splits.val, "test": splits.test},
-        "config_file": args.config_file,
-        "overrides": args.overrides,
-        "epochs": args.epochs,
-        "metric": args.metric,
-        "complete": complete,
-        "rows": list(rows),
-    }
-    save_json(content, args.output / f"{TABLE}.json")
-    notes = [f"Tested on `{splits.test}`, AP in percent, mean ± standard deviation over seeds."]
-    if splits.tests_on_val:
-        notes.append("Checkpoints were chosen on the same images: the numbers are optimistic.")
-    if not complete:
-        notes.append("Not all trainings are done.")
-    text = f"# Few-shot: {args.dataset}\n\n{' '.join(notes)}\n\n{markdown_table(rows)}\n"
-    with replacing(args.output / f"{TABLE}.md") as file:
-        file.write(text.encode())
 
 
 if __name__ == "__main__":

@@ -1,18 +1,53 @@
-"""The table of a few-shot protocol: a line for each number of shots."""
+"""What came out of a few-shot protocol: read from its runs, put into one table."""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from detectron2.evaluation.testing import flatten_results_dict
 from tabulate import tabulate
 
 from fiber_d2.evaluation.settings import without_nan
+from fiber_d2.files import replacing, save_json
+
+from .best import BEST_FILE
 
 METRICS = ("bbox/AP", "bbox/AP50", "bbox/AP75")
 _SHOWN = (("AP", "bbox/AP"), ("AP50", "bbox/AP50"))
+
+
+def read_zero_shot(dataset: str, folder: Path) -> dict[str, Any]:
+    """The numbers of an evaluation of ``dataset`` whose output folder is ``folder``."""
+    with open(folder / "inference" / dataset / "results.json") as file:
+        return {"test": _numbers(json.load(file)["results"])}
+
+
+def read_training(dataset: str, folder: Path) -> dict[str, Any]:
+    """What a finished training has come to, and how its best checkpoint did on ``dataset``."""
+    with open(folder / BEST_FILE) as file:
+        content = json.load(file)
+    best = content["best"] or {"value": None, "iteration": None}
+    return {
+        "test": _numbers(content["test"][dataset]),
+        "val": best["value"],
+        "best_iteration": best["iteration"],
+        "iterations": content["evaluations"][-1]["iteration"] + 1,
+        "stopped_early": content["stopped_early"],
+    }
+
+
+def _numbers(results: Mapping[str, Any]) -> dict[str, float | None]:
+    """Flat names to numbers; what is none, such as NaN, is None."""
+    return {
+        name: float(value) if value is not None and math.isfinite(value) else None
+        for name, value in flatten_results_dict(dict(results)).items()
+        if value is None or isinstance(value, (int, float))
+    }
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
@@ -95,3 +130,24 @@ def _number(mean: float | None, std: float | None = None) -> str:
         return "-"
     spread = "" if std is None or math.isnan(std) else f" ± {std:.1f}"
     return f"{mean:.1f}{spread}"
+
+
+def write_table(
+    folder: Path, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, complete: bool
+) -> None:
+    """Write ``table.md`` and ``table.json``.
+
+    Args:
+        about: entries of the json; ``dataset`` is its name and ``splits`` those of its splits.
+        complete: whether all trainings are done.
+    """
+    save_json({**about, "complete": complete, "rows": list(rows)}, folder / "table.json")
+    test = about["splits"]["test"]
+    notes = [f"Tested on `{test}`, AP in percent, mean ± standard deviation over seeds."]
+    if test == about["splits"]["val"]:
+        notes.append("Checkpoints were chosen on the same images: the numbers are optimistic.")
+    if not complete:
+        notes.append("Not all trainings are done.")
+    text = f"# Few-shot: {about['dataset']}\n\n{' '.join(notes)}\n\n{markdown_table(rows)}\n"
+    with replacing(folder / "table.md") as file:
+        file.write(text.encode())
