@@ -61,7 +61,11 @@ class FiberTrainer(DefaultTrainer):
         full_model = clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL
         optimizer = self.build_optimizer(cfg, model)
         self._trainer = StepTrainer(
-            distribute(model, **keyword_arguments(cfg.FIBER.TRAIN.DDP)),
+            distribute(
+                model,
+                accumulate=cfg.FIBER.TRAIN.ACCUMULATE,
+                **keyword_arguments(cfg.FIBER.TRAIN.DDP),
+            ),
             optimizer,
             amp_dtype=choose_amp_dtype(cfg.MODEL.DEVICE) if cfg.SOLVER.AMP.ENABLED else None,
             clip_grad=clip.CLIP_VALUE if full_model else None,
@@ -167,8 +171,11 @@ class FiberTrainer(DefaultTrainer):
             start_check(self._trainer, self.data_loader, plan)
         self._trainer.start_loading()
         restore_random_state(self._random_states)
-        with name_the_iteration(self, self.max_iter):
-            super().train()
+        try:
+            with name_the_iteration(self, self.max_iter):
+                super().train()
+        finally:
+            self._trainer.stop_loading()
 
     def run_step(self) -> None:
         step = self._trainer

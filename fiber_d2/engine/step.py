@@ -119,6 +119,10 @@ class StepTrainer(TrainerBase):
             raise ValueError("The trainer has no data loader: set data_loader before training.")
         self._batches = iter(self.data_loader)
 
+    def stop_loading(self) -> None:
+        """End the loader's worker processes, and give back what they shared with this one."""
+        self._batches = None
+
     def run_step(self) -> None:
         if self._batches is None:
             self.start_loading()
@@ -240,8 +244,11 @@ class StepTrainer(TrainerBase):
             NonFiniteError: too many steps in a row were not finite.
             RunError: anything else that went wrong, with the iteration.
         """
-        with name_the_iteration(self, max_iter):
-            super().train(start_iter, max_iter)
+        try:
+            with name_the_iteration(self, max_iter):
+                super().train(start_iter, max_iter)
+        finally:
+            self.stop_loading()
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
