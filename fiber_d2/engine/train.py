@@ -69,17 +69,31 @@ def set_up(output_dir: str, *, seed: int, threads: int | None = None) -> None:
 
 
 def distribute(
-    model: nn.Module, *, static_graph: bool = False, gradient_as_bucket_view: bool = True
+    model: nn.Module,
+    *,
+    accumulate: int = 1,
+    static_graph: bool = False,
+    gradient_as_bucket_view: bool = True,
 ) -> nn.Module:
     """``model``, wrapped where there are several processes; on CPUs as well as on GPUs.
 
     Args:
+        accumulate: batches of a step.
         static_graph: every step uses the same parameters in the same order; see docs/scaling.md.
         gradient_as_bucket_view: gradients live in the buffers that are sent, which saves a copy
             of them.
+
+    Raises:
+        ValueError: a static graph with several batches per step.
     """
     if comm.get_world_size() == 1:
         return model
+    if static_graph and accumulate > 1:
+        # torch learns the graph in the first backward pass and has to exchange gradients in it.
+        raise ValueError(
+            f"train.ddp.static_graph does not go with accumulate = {accumulate}: leave one of them "
+            "out."
+        )
     on_gpu = next(model.parameters()).is_cuda
     # Buffers are constants here. torch renamed the argument, and warns of the old name.
     names = inspect.signature(DistributedDataParallel).parameters
@@ -174,7 +188,7 @@ def do_train(
         with open(os.path.join(train.output_dir, "model.txt"), "w") as file:
             file.write(f"{model}\n")
     trainer = StepTrainer(
-        distribute(model, **train.get("ddp", {})),
+        distribute(model, accumulate=options.accumulate, **train.get("ddp", {})),
         build_optimizer(cfg, model),
         amp_dtype=(
             choose_amp_dtype(train.device, train.amp.get("dtype")) if train.amp.enabled else None
