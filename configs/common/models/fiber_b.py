@@ -29,11 +29,12 @@ model = L(FIBER)(
             mlp_ratio=4.0,
             drop_path=0.4,
             patch_size=4,
-            # -1 trains everything; 2, as in pre-training, leaves patch embedding and stage 1 alone.
+            # -1 trains everything; 2, as in pre-training, leaves patch embedding and stage 1 as
+            # they are.
             frozen_stages=-1,
-            # Here, in `text` and in `head.tower`: the same numbers from less memory in training. All
-            # three keep 0.6 instead of 7.2 GiB for an image of 800x1344 between the passes, and take
-            # 1.46 times as long (benchmarks/results/activation_checkpointing.json).
+            # Here, in `text` and in `head.tower`: the same numbers from less memory in training.
+            # All three keep 0.6 instead of 7.2 GiB for an image of 800x1344 between the passes, and
+            # take more time (benchmarks/results/activation_checkpointing.json).
             checkpoint=False,
         ),
         text=L(RobertaEncoder)(
