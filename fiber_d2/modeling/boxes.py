@@ -43,7 +43,16 @@ class AnchorGrid(nn.Module):
         self.sizes = tuple(sizes)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """For maps ``(P, C, H_l, W_l)``: anchors ``(H_l*W_l, 4)`` per level, row by row."""
+        """For maps ``(P, C, H_l, W_l)``: anchors ``(H_l*W_l, 4)`` per level, row by row.
+
+        Raises:
+            ValueError: not as many maps as strides.
+        """
+        if len(levels) != len(self.strides):
+            raise ValueError(
+                f"The pyramid has {len(levels)} levels, but there are {len(self.strides)} anchor "
+                "strides: let the neck's extra_levels and the anchors agree."
+            )
         anchors = []
         for level, stride, size in zip(levels, self.strides, self.sizes):
             height, width = level.shape[-2:]
