@@ -34,7 +34,7 @@ model = L(FIBER)(
             frozen_stages=-1,
             # Here, in `text` and in `head.tower`: the same numbers from less memory in training.
             # All three keep 0.6 instead of 7.2 GiB for an image of 800x1344 between the passes, and
-            # take more time (benchmarks/results/activation_checkpointing.json).
+            # take 1.43 times as long (benchmarks/results/activation_checkpointing.json).
             checkpoint=False,
         ),
         text=L(RobertaEncoder)(
