@@ -38,6 +38,8 @@ prepare = L(prepare_shapes)(
 
 # Windows of 4 x 4 tokens see parts of shapes in the first stages and everything in the last one.
 model.backbone.vision.window = 4
+# Half as wide as usual between the layers: more steps in the same time.
+model.backbone.vision.mlp_ratio = 2.0
 model.backbone.vision.query_norm = True
 # AdamW moves weights by its rate: boxes start at the size that they have to reach.
 model.head.box_scale_init = 8.0
@@ -47,7 +49,7 @@ model.head.postprocessor.score_thresh = 0.0
 
 train.output_dir = "output/quickstart"
 train.device = "cuda"
-train.max_iter = 1400
+train.max_iter = 1650
 train.eval_period = 0
 train.checkpointer.update(period=200, max_to_keep=2)
 train.clip_grad = 1.0
