@@ -166,14 +166,11 @@ class FiberDatasetMapper:
         record = copy.deepcopy(record)
         image = read_image(record, self.image_format)
         utils.check_image_size(record, image)
-        augmented = T.AugInput(image)
-        transforms = self.augmentations(augmented)
-        image = augmented.image
+        record["image"], transforms = prepare_image(image, self.augmentations)
         if self.swap_left_right and "caption" in record and count_horizontal_flips(transforms) % 2:
             mirror_caption(record)
-        record["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
         if self.is_train:
-            self._add_targets(record, transforms, image.shape[:2])
+            self._add_targets(record, transforms, tuple(record["image"].shape[1:]))
         else:
             record["prompt"] = _named(record, self.prompter.for_evaluation)
             if self.mirrored_prompt:
@@ -217,6 +214,22 @@ class FiberDatasetMapper:
         instances.gt_positive_map = prompt.positive_map[index] > 0
         record["prompt"] = prompt
         record["instances"] = instances[instances.gt_boxes.nonempty()]
+
+
+def prepare_image(
+    image: np.ndarray, augmentations: T.AugmentationList
+) -> tuple[torch.Tensor, T.TransformList]:
+    """Pixels as they are in a file to pixels as the model takes them.
+
+    Args:
+        image: ``(H, W, 3)`` uint8.
+
+    Returns:
+        uint8 ``(3, H', W')``, and what was done to the image.
+    """
+    augmented = T.AugInput(image)
+    transforms = augmentations(augmented)
+    return torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1))), transforms
 
 
 def _mirrored(record: dict[str, Any]) -> dict[str, Any] | None:
