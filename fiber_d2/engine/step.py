@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fiber_d2.modeling.metrics import collected_metrics
 
 from .errors import TrainingStopped
+from .loading import Batches
 from .nonfinite import GRAD_NORM, METRICS, NonFiniteSteps, StepRecord, file_names
 from .precision import StepScaler, choose_amp_dtype
 from .trouble import name_the_iteration
@@ -110,14 +111,14 @@ class StepTrainer(TrainerBase):
         self.stopped: TrainingStopped | None = None
         self.num_images = 0
         self.last_batch: Any = None
-        self._batches: Iterator[Any] | None = None
+        self._batches: Batches | None = None
         self._pending: list[_Pending] = []
 
     def start_loading(self) -> None:
         """Create the iterator of the loader, and with it the loader's worker processes."""
         if self.data_loader is None:
             raise ValueError("The trainer has no data loader: set data_loader before training.")
-        self._batches = iter(self.data_loader)
+        self._batches = Batches(self.data_loader)
 
     def stop_loading(self) -> None:
         """End the loader's worker processes, and give back what they shared with this one."""
@@ -130,9 +131,7 @@ class StepTrainer(TrainerBase):
         step = _Pending(self.iter, 0.0, {}, [])
         for index in range(self.accumulate):
             start = time.perf_counter()
-            batch = next(self._batches, None)
-            if batch is None:
-                raise RuntimeError("the training loader has ended, but it has to be endless")
+            batch = self._batches.draw()
             step = replace(step, data_time=step.data_time + time.perf_counter() - start)
             step.files.extend(file_names(batch))
             self.last_batch = batch

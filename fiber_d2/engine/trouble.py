@@ -16,7 +16,7 @@ from .errors import NonFiniteError, PlainRunError, RunError, TrainingStopped, me
 logger = logging.getLogger(__name__)
 
 # What torch says when a process of a data loader is no more, or does not answer.
-_WORKER_GONE = re.compile(r"DataLoader worker \(pid[^)]*\) (?:exited|is killed|\S+ killed)[^\n]*")
+_WORKER_GONE = re.compile(r"DataLoader worker \(pid.*?\) (?:exited|is killed)[^\n]*")
 _WORKER_SILENT = re.compile(r"DataLoader timed out after (\S+) seconds")
 
 
