@@ -1,6 +1,7 @@
 """Packaging of fiber_d2. Building or reading its metadata does not need torch."""
 
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -11,6 +12,12 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+
+
+def version():
+    """What fiber_d2/version.py says, which cannot be imported before torch is installed."""
+    text = (ROOT / "fiber_d2" / "version.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
 
 
 class BuildWithConfigs(build_py):
@@ -120,7 +127,7 @@ FAST = ["faster-coco-eval>=1.5"]
 
 setup(
     name="fiber_d2",
-    version="0.1.0",
+    version=version(),
     description="FIBER, a vision-language model that ties boxes to words, on Detectron2",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
