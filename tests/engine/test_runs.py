@@ -2,14 +2,11 @@
 
 import json
 import shutil
-import signal
-import time
+import socket
 from pathlib import Path
 
 import pytest
 import torch
-
-from fiber_d2.engine.launch import find_free_port
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -21,6 +18,12 @@ def losses(folder):
     lines = (folder / "training.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return {row["iteration"]: row["total_loss"] for row in rows if "total_loss" in row}
+
+
+def find_free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def differing(folder, other):
@@ -87,32 +90,6 @@ def test_processes_evaluate_like_one(tmp_path, config_file, run):
     assert max(found[0][1]) > 100  # boxes, of the file of predictions
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, dropout_config_file, run, start):
-    overrides = ["train.max_iter=60", "train.checkpointer.period=5", "train.eval_period=8"]
-    arguments = ["--config-file", dropout_config_file]
-    code, _, err = run(*arguments, *overrides, "train.output_dir=whole")
-    assert code == 0, err
-
-    process = start(*arguments, *overrides, "train.output_dir=killed")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "model_0000014.pth").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "model_final.pth").exists()
-
-    code, out, err = run(*arguments, "--resume", *overrides, "train.output_dir=killed")
-    assert code == 0, err
-    assert "Resuming after iteration" in out
-    assert differing(tmp_path / "whole", tmp_path / "killed") == []
-    rates = [
-        json.loads((tmp_path / name / "training.jsonl").read_text().splitlines()[-1])["lr"]
-        for name in ("whole", "killed")
-    ]
-    assert rates[0] == rates[1]
-
-
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_mistake_costs_one_line(tmp_path, config_file, run, num_processes):
     arguments = ["--config-file", config_file, "--num-gpus", num_processes]
@@ -164,6 +141,7 @@ MODEL:
     TOWER: {{NUM_BLOCKS: 1, NORM_GROUPS: 4}}
 FIBER:
   TOKENIZER: "shapes"
+  TRAIN: {{ACCUMULATE: 2}}
 DATASETS:
   TRAIN: ("shapes_detection_train",)
   TEST: ("shapes_detection_val",)
