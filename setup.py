@@ -149,5 +149,10 @@ setup(
         "demo": [],
         "dev": [*FAST, "hypothesis>=6", "pytest>=7", "ruff>=0.6", "scipy"],
     },
-    entry_points={"console_scripts": ["fiber-d2-train = fiber_d2.engine.main:main"]},
+    entry_points={
+        "console_scripts": [
+            "fiber-d2 = fiber_d2.cli:main",
+            "fiber-d2-train = fiber_d2.engine.main:main",
+        ]
+    },
 )

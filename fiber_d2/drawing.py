@@ -89,6 +89,45 @@ def draw_record(
     return _compose(halves, caption)
 
 
+def draw_found(
+    image_rgb: np.ndarray,
+    boxes: np.ndarray,
+    words: Words,
+    scores: Sequence[float],
+    *,
+    order: Words = (),
+    caption: str = "",
+    panel_side: int = 2 * PANEL_SIDE,
+) -> np.ndarray:
+    """Predictions alone, the caption above.
+
+    Args:
+        image_rgb: uint8 ``(H, W, 3)``.
+        boxes: ``(N, 4)`` XYXY in pixels of ``image_rgb``.
+        words, scores: N of each.
+        order: all texts that were looked for; gives the same words the same colour in all pictures.
+        caption: what was asked for, at most three lines of it.
+        panel_side: longer side of the image, in pixels.
+
+    Returns:
+        uint8 RGB picture; images of one size give pictures of one size.
+
+    Raises:
+        ValueError: where the numbers of boxes, words and scores differ.
+    """
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    if not len(boxes) == len(words) == len(scores):
+        raise ValueError("Every box needs its words and its score.")
+    colors = {
+        text: _PALETTE[index % len(_PALETTE)]
+        for index, text in enumerate(dict.fromkeys([*order, *words]))
+    }
+    scale = panel_side / max(image_rgb.shape[:2])
+    labels = [f"{score:.2f}" for score in scores]
+    panel = _draw_panel(_fit(image_rgb, panel_side), boxes * scale, words, labels, colors)
+    return _compose({f"found ({len(boxes)})": panel}, caption)
+
+
 def contact_sheet(
     images: Sequence[np.ndarray], columns: int = 3, *, cell_width: int = 720
 ) -> np.ndarray:

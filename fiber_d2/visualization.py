@@ -16,13 +16,14 @@ from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from transformers import PreTrainedTokenizerBase
 
-from fiber_d2.drawing import contact_sheet, draw_record, save_png
+from fiber_d2.drawing import contact_sheet, draw_found, draw_record, save_png
 from fiber_d2.structures import Prompt
 from fiber_d2.text import clean_name
 
 __all__ = [
     "PredictionDrawer",
     "contact_sheet",
+    "draw_found",
     "draw_predictions",
     "draw_record",
     "ground_truth_of",

@@ -2,132 +2,19 @@
 
     python tools/convert_checkpoint.py from-fiber ORIGINAL.pth OUT.pth [--ema]
     python tools/convert_checkpoint.py to-fiber OURS.pth OUT.pth [--like ORIGINAL.pth]
-    python tools/convert_checkpoint.py initialize OUT.pth --config-file C [--swin F] [--roberta F]
-                                                  [--fiber F] [key=value ...]
+    python tools/convert_checkpoint.py initialize OUT.pth --config-file C [--swin F] ...
 
-The output is complete or absent. Exit status 2 and one message if something is wrong.
+`--help` tells more; `fiber-d2 convert` is the same, see fiber_d2/commands/convert.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fiber_d2.checkpoint import (  # noqa: E402
-    convert_fiber_state_dict,
-    export_fiber_state_dict,
-    initialize_from_fiber,
-    initialize_from_roberta,
-    initialize_from_swin,
-    is_fiber_state_dict,
-    read_fiber_checkpoint,
-)
-from fiber_d2.checkpoint.files import (  # noqa: E402
-    read_file,
-    resolve_checkpoint_path,
-    state_dict_of,
-)
-from fiber_d2.engine.checkpointer import write_atomically  # noqa: E402
-from fiber_d2.engine.errors import EXPECTED_ERRORS, USAGE_EXIT_CODE, message_of  # noqa: E402
-
-
-def from_fiber(args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    weights = read_fiber_checkpoint(args.source, use_ema=args.ema)
-    return convert_fiber_state_dict(weights)
-
-
-def to_fiber(args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    path = resolve_checkpoint_path(args.source)
-    weights = state_dict_of(read_file(path), path)
-    if is_fiber_state_dict(weights):
-        raise ValueError(f"{path} has the original's names already.")
-    carried = read_fiber_checkpoint(args.like) if args.like else None
-    return export_fiber_state_dict(
-        weights,
-        carried=carried,
-        anchor_strides=args.anchor_strides,
-        anchor_sizes=args.anchor_sizes,
-    )
-
-
-def initialize(args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    sources = ((args.swin, initialize_from_swin), (args.roberta, initialize_from_roberta))
-    if args.fiber and (args.swin or args.roberta):
-        raise ValueError("--fiber covers both towers: give it without --swin and --roberta.")
-    if not (args.fiber or args.swin or args.roberta):
-        raise ValueError("Name what to start from: --swin, --roberta or --fiber.")
-    from detectron2.config import CfgNode, instantiate
-    from detectron2.modeling import build_model
-
-    from fiber_d2.engine.overrides import load_config
-
-    cfg = load_config(args.config_file, args.opts)
-    if isinstance(cfg, CfgNode):
-        cfg.defrost()
-        cfg.MODEL.DEVICE = "cpu"
-        model = build_model(cfg)
-    else:
-        model = instantiate(cfg.model)
-    for path, function in (*sources, (args.fiber, initialize_from_fiber)):
-        if path:
-            result = function(model, path)
-            print(
-                f"{path}: {len(result.loaded)} entries, {len(result.resized)} of them interpolated "
-                f"to another window; {len(result.dropped)} dropped; {len(result.kept)} of the "
-                "model keep their initial values"
-            )
-    return model.state_dict()
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("from-fiber", help="the original's file to ours")
-    command.add_argument("source", help=".pth file, last_checkpoint file, or its folder")
-    command.add_argument("output")
-    command.add_argument("--ema", action="store_true", help="the averaged weights (model_ema)")
-    command.set_defaults(function=from_fiber)
-
-    command = commands.add_parser("to-fiber", help="our file to the original's names")
-    command.add_argument("source")
-    command.add_argument("output")
-    command.add_argument("--like", help="a file of the original whose unused entries to carry over")
-    command.add_argument("--anchor-strides", type=int, nargs="+", default=(8, 16, 32, 64, 128))
-    command.add_argument("--anchor-sizes", type=float, nargs="+", default=(64, 128, 256, 512, 1024))
-    command.set_defaults(function=to_fiber)
-
-    command = commands.add_parser("initialize", help="a checkpoint to start training from")
-    command.add_argument("output")
-    command.add_argument("--config-file", required=True, help="says which model")
-    command.add_argument("--swin", help="Microsoft's or timm's Swin")
-    command.add_argument("--roberta", help="Hugging Face's RoBERTa, a file or its folder")
-    command.add_argument("--fiber", help="coarse-grained or fine-grained FIBER")
-    command.add_argument(
-        "opts", nargs="*", metavar="key=value", help="changes of the configuration"
-    )
-    command.set_defaults(function=initialize)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    try:
-        weights = args.function(args)
-        write_atomically(args.output, lambda file: torch.save({"model": weights}, file))
-    except (*EXPECTED_ERRORS, OSError) as error:
-        print(f"convert_checkpoint: error: {message_of(error)}", file=sys.stderr)
-        return USAGE_EXIT_CODE
-    print(f"{args.output}: {len(weights)} entries")
-    return 0
-
+from fiber_d2.commands.convert import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

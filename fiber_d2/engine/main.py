@@ -116,9 +116,15 @@ def _count(text: str) -> int:
     return number
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the program; exits with 2 after a mistake the user can mend, with 1 after a failure."""
-    args = build_argument_parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Run the program; exits with 2 after a mistake the user can mend, with 1 after a failure.
+
+    Args:
+        prog: what help and usage call the program.
+    """
+    parser = build_argument_parser()
+    parser.prog = prog or parser.prog
+    args = parser.parse_args(argv)
     # For the processes to come, as train_net.py has it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     reporter = ErrorReporter(PROGRAM, mp.get_context("spawn").Event())

@@ -1,0 +1,291 @@
+"""Find what is asked for in images and videos, and draw it."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from fiber_d2.data.images import read_pixels
+from fiber_d2.engine.errors import (
+    EXPECTED_ERRORS,
+    FAILURE_EXIT_CODE,
+    INTERRUPTED_EXIT_CODE,
+    USAGE_EXIT_CODE,
+    message_of,
+)
+from fiber_d2.files import save_json
+from fiber_d2.predictions import Prediction, coco_dataset
+from fiber_d2.predictor import Caption, Classes, Expression, Predictor
+from fiber_d2.queries import Query
+from fiber_d2.visualization import draw_found, save_png
+
+IMAGES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"))
+VIDEOS = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"))
+CONFIG, WEIGHTS = "quickstart", os.path.join("output", "quickstart", "model_final.pth")
+
+EPILOG = f"""examples:
+  fiber-d2 predict photo.jpg --classes cat dog "traffic light" --config C --weights W.pth
+  fiber-d2 predict photos/ 'more/*.png' --classes-file names.txt --coco --config C --weights W.pth
+  fiber-d2 predict photo.jpg --caption "a man with a dog on a leash" --config C --weights W.pth
+  fiber-d2 predict photo.jpg --expression "the man left of the tree" --config C --weights W.pth
+  fiber-d2 predict ride.mp4 --classes car --every 5 --config C --weights W.pth
+Without --config and --weights the model of the quickstart answers ({WEIGHTS}).
+Exit status: 0 fine, 1 where some of the images could not be read, 2 for a mistake in the command.
+"""
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="image, folder, pattern, or video file")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--classes", nargs="+", metavar="NAME", help="names to look for")
+    what.add_argument("--classes-file", metavar="F", help="the same, one name a line")
+    what.add_argument("--caption", metavar="TEXT", help="a sentence, whose noun phrases are sought")
+    what.add_argument("--expression", metavar="TEXT", help="what describes one object")
+    add("--template", metavar="TEXT", help="words around class names, such as 'a {} on a road'")
+    add("--config", default=CONFIG, help="configuration: a file, or the name of one that comes "
+        "with fiber_d2 (default: %(default)s)")  # fmt: skip
+    add("--weights", help="checkpoint, ours or the original FIBER's")
+    add("--opts", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the configuration")
+    add("--output", default="output/predict", metavar="DIR", help="default: %(default)s")
+    add("--threshold", type=float, default=0.4, help="lowest score (default: %(default)s); an "
+        "expression's best box is shown whatever its score")  # fmt: skip
+    add("--max-detections", type=int, metavar="N", help="of an image at most")
+    add("--best", action="store_true", help="only the best box of each class or phrase")
+    add("--batch-size", type=int, default=4, metavar="N", help="default: %(default)s")
+    add("--device", help="such as cpu, cuda:1 (default: a GPU where there is one)")
+    add("--every", type=int, default=1, metavar="N", help="of a video, every Nth frame")
+    add("--coco", action="store_true", help="write coco.json as well")
+    add("--no-pictures", action="store_true", help="write numbers only")
+    return parser
+
+
+def question_of(args: argparse.Namespace) -> Query:
+    """
+    Raises:
+        FileNotFoundError, ValueError: no such file of classes, or nothing to look for.
+    """
+    if args.template and not (args.classes or args.classes_file):
+        raise ValueError("--template goes with --classes or --classes-file.")
+    if args.caption is not None:
+        return Caption(args.caption)
+    if args.expression is not None:
+        return Expression(args.expression)
+    names = args.classes
+    if args.classes_file:
+        if not os.path.isfile(args.classes_file):
+            raise FileNotFoundError(f"--classes-file {args.classes_file} does not exist.")
+        lines = Path(args.classes_file).read_text(encoding="utf-8").splitlines()
+        names = [line.strip() for line in lines if line.strip()]
+        if not names:
+            raise ValueError(f"--classes-file {args.classes_file} holds no name.")
+    return Classes(names, templates=args.template)
+
+
+def find_inputs(inputs: Sequence[str]) -> list[str]:
+    """The files that inputs stand for, each once, in order.
+
+    Raises:
+        FileNotFoundError: an input that stands for none.
+    """
+    found: list[str] = []
+    for given in inputs:
+        if os.path.isdir(given):
+            paths = sorted(str(p) for p in Path(given).rglob("*") if _kind(p) and p.is_file())
+        elif os.path.isfile(given):
+            paths = [given]
+        else:
+            paths = sorted(p for p in glob.glob(given, recursive=True) if os.path.isfile(p))
+        if not paths:
+            raise FileNotFoundError(f"{given} is no image or video, nor are there any in it.")
+        found += paths
+    return list(dict.fromkeys(found))
+
+
+def _kind(path: str | os.PathLike[str]) -> str | None:
+    extension = os.path.splitext(path)[1].lower()
+    return "video" if extension in VIDEOS else "image" if extension in IMAGES else None
+
+
+class Answers:
+    """Asks the predictor, draws, and keeps what was found.
+
+    Args:
+        predictor: asked.
+        question: what.
+        args: the command's.
+    """
+
+    def __init__(self, predictor: Predictor, question: Query, args: argparse.Namespace) -> None:
+        self.predictor, self.question, self.args = predictor, question, args
+        self.output = Path(args.output)
+        self.found: dict[str, Prediction] = {}
+        self.failed = 0
+        self._is_expression = isinstance(question, Expression)
+        self._caption = getattr(question, "text", "") or ", ".join(question.words)
+        self._names: set[str] = set()
+
+    def ask(self, images: Sequence[np.ndarray]) -> list[Prediction]:
+        """Images are BGR."""
+        found = self.predictor(
+            list(images),
+            self.question,
+            threshold=0.0 if self._is_expression else self.args.threshold,
+            max_detections=self.args.max_detections,
+        )
+        return [one.best() for one in found] if self.args.best or self._is_expression else found
+
+    def picture(self, image: np.ndarray, found: Prediction) -> np.ndarray:
+        instances = found.instances
+        return draw_found(
+            np.ascontiguousarray(image[:, :, ::-1]),
+            instances.pred_boxes.tensor.numpy(),
+            found.words,
+            instances.scores.tolist(),
+            order=found.targets,
+            caption=self._caption,
+        )
+
+    def do_images(self, paths: Sequence[str]) -> None:
+        batch = []
+        for path in tqdm(paths, unit="image", disable=None):
+            try:
+                batch.append((path, read_pixels(path, "BGR")))
+            except (FileNotFoundError, ValueError) as error:
+                self._fail(error)
+            if len(batch) == self.args.batch_size:
+                self._finish(batch)
+                batch = []
+        self._finish(batch)
+
+    def _finish(self, batch: Sequence[tuple[str, np.ndarray]]) -> None:
+        for (path, image), found in zip(batch, self.ask([image for _, image in batch])):
+            self.found[path] = found
+            if not self.args.no_pictures:
+                save_png(self.output / "pictures" / self._name(path, ".png"),
+                         self.picture(image, found))  # fmt: skip
+
+    def do_video(self, path: str) -> None:
+        with closing(_Video(path, self.args.every)) as video:
+            if not video.opened:
+                self._fail(ValueError(f"The video {path} cannot be opened by OpenCV."))
+                return
+            writer = None
+            try:
+                for number, frame in tqdm(video, total=video.total, unit="frame", disable=None):
+                    (found,) = self.ask([frame])
+                    self.found[f"{path}#{number}"] = found
+                    if self.args.no_pictures:
+                        continue
+                    picture = self.picture(frame, found)[:, :, ::-1]
+                    if writer is None:
+                        writer = self._writer(path, video.rate, picture)
+                    writer.write(np.ascontiguousarray(picture))
+            finally:
+                if writer is not None:
+                    writer.release()
+
+    def _writer(self, path: str, rate: float, picture: np.ndarray) -> Any:
+        target = self.output / "pictures" / self._name(path, ".mp4")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        size = picture.shape[1::-1]
+        writer = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+        if not writer.isOpened():
+            raise ValueError(f"OpenCV cannot write {target}: give --no-pictures.")
+        return writer
+
+    def _name(self, path: str, extension: str) -> str:
+        """A file name for a picture; files of one name in several folders get different ones."""
+        stem = re.sub(r"[^\w.-]+", "_", Path(path).stem)
+        name, number = stem, 1
+        while name + extension in self._names:
+            number += 1
+            name = f"{stem}_{number}"
+        self._names.add(name + extension)
+        return name + extension
+
+    def _fail(self, error: Exception) -> None:
+        self.failed += 1
+        sys.stderr.write(f"left out: {message_of(error)}\n")
+
+
+class _Video:
+    """Every Nth frame of a file, BGR, with its number."""
+
+    def __init__(self, path: str, every: int) -> None:
+        self._capture, self._every = cv2.VideoCapture(path), every
+        self.opened = self._capture.isOpened()
+        self.rate = (self._capture.get(cv2.CAP_PROP_FPS) or 25.0) / every
+        frames = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        self.total = -(-frames // every) if frames > 0 else None
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        number = 0
+        while self._capture.grab():
+            if number % self._every == 0:
+                there, frame = self._capture.retrieve()
+                if there:
+                    yield number, frame
+            number += 1
+
+    def close(self) -> None:
+        self._capture.release()
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.batch_size < 1 or args.every < 1:
+        raise ValueError("--batch-size and --every have to be at least 1.")
+    question = question_of(args)
+    paths = find_inputs(args.inputs)
+    weights = args.weights
+    if weights is None and args.config == CONFIG:
+        if not os.path.isfile(WEIGHTS):
+            raise FileNotFoundError(
+                f"There are no weights: name them by --weights, or train the quickstart first, "
+                f"which leaves {WEIGHTS}."
+            )
+        weights = WEIGHTS
+    predictor = Predictor(
+        args.config, weights, device=args.device, batch_size=args.batch_size, overrides=args.opts
+    )
+    answers = Answers(predictor, question, args)
+    answers.do_images([path for path in paths if _kind(path) != "video"])
+    for path in paths:
+        if _kind(path) == "video":
+            answers.do_video(path)
+    output, found = answers.output, answers.found
+    save_json({name: one.to_dict() for name, one in found.items()}, output / "predictions.json")
+    if args.coco:
+        save_json(coco_dataset(found, question.words), output / "coco.json")
+    boxes = sum(len(one.instances) for one in found.values())
+    sys.stdout.write(f"{boxes} boxes in {len(found)} images: {output}\n")
+    return FAILURE_EXIT_CODE if answers.failed else 0
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """The program; its exit status."""
+    args = build_parser(prog).parse_args(argv)
+    try:
+        return run(args)
+    except EXPECTED_ERRORS as error:
+        sys.stderr.write(f"{prog or 'predict'}: error: {message_of(error)}\n")
+        return USAGE_EXIT_CODE
+    except KeyboardInterrupt:
+        return INTERRUPTED_EXIT_CODE

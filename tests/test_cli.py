@@ -1,0 +1,173 @@
+"""``fiber-d2`` as it is typed: exit statuses, messages, files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from fiber_d2 import cli
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Run in this process, in ``tmp_path``: ``run(*arguments) -> (exit status, out, err)``."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def predict(run, tiny):
+    model = ("--config", tiny.config, "--weights", tiny.weights, "--device", "cpu")
+    return lambda *arguments: run("predict", *arguments, *model)
+
+
+def test_images_become_pictures_and_numbers(predict, tiny, tmp_path):
+    (tmp_path / "names.txt").write_text("red circle\n\nblue cross\n")
+    folder = tiny.images[0].parent
+    code, out, _ = predict(folder, "--classes-file", "names.txt", "--threshold", 0.01, "--coco",
+                           "--output", "out", "--max-detections", 3)  # fmt: skip
+    assert code == 0
+    found = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert list(found) == [str(path) for path in tiny.images]
+    assert f"{sum(len(f['detections']) for f in found.values())} boxes in 2 images" in out
+    for path, one in found.items():
+        assert one["targets"] == ["red circle", "blue cross"]
+        assert 0 < len(one["detections"]) <= 3
+        assert [one["width"], one["height"]] == list(Image.open(path).size)
+        with Image.open(tmp_path / "out" / "pictures" / Path(path).name) as picture:
+            assert min(picture.size) > 100
+    coco = json.loads((tmp_path / "out" / "coco.json").read_text())
+    assert len(coco["annotations"]) == sum(len(f["detections"]) for f in found.values())
+
+
+def test_an_expression_has_one_box_whatever_its_score(predict, tiny, tmp_path):
+    code, _, _ = predict(tiny.images[0], "--expression", "the red circle", "--threshold", 0.99,
+                         "--no-pictures")  # fmt: skip
+    assert code == 0
+    (found,) = json.loads((tmp_path / "output/predict/predictions.json").read_text()).values()
+    assert [d["words"] for d in found["detections"]] == ["the red circle"]
+    assert not (tmp_path / "output/predict/pictures").exists()
+
+
+def test_a_bad_image_is_left_out(predict, tiny, tmp_path):
+    (tmp_path / "a.jpg").write_text("no image")
+    code, out, err = predict("*.jpg", tiny.images[0], "--caption", "a circle and a cross",
+                             "--no-pictures")  # fmt: skip
+    assert code == 1 and "in 1 images" in out
+    assert err.count("left out:") == 1 and "a.jpg" in err and "Traceback" not in err
+
+
+def test_video(predict, tmp_path):
+    writer = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
+    assert writer.isOpened()
+    for shade in range(5):
+        writer.write(np.full((48, 64, 3), 40 * shade, np.uint8))
+    writer.release()
+    code, _, _ = predict("v.avi", "--classes", "circle", "--every", 2, "--threshold", 0.01)
+    assert code == 0
+    found = json.loads((tmp_path / "output/predict/predictions.json").read_text())
+    assert list(found) == ["v.avi#0", "v.avi#2", "v.avi#4"]
+    written = cv2.VideoCapture(str(tmp_path / "output/predict/pictures/v.mp4"))
+    assert written.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and written.get(cv2.CAP_PROP_FPS) == 5
+
+
+def test_mistakes_are_one_line_and_status_2(run, predict, tiny, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "folder").mkdir()
+    image = tiny.images[0]
+    for arguments, message in (
+        ((tmp_path / "absent.jpg", "--classes", "a"), "absent.jpg is no image"),
+        (("folder", "--classes", "a"), "folder is no image"),
+        ((image, "--classes-file", "absent.txt"), "absent.txt does not exist"),
+        ((image, "--classes-file", "empty.txt"), "holds no name"),
+        ((image, "--caption", "a cat", "--template", "a {}"), "--template goes with"),
+        ((image, "--classes", "a", "--every", 0), "at least 1"),
+        ((image, "--classes", "a", "--threshold", 40), "between 0 and 1"),
+        ((image, "--caption", " "), "text with words"),
+    ):
+        code, _, err = predict(*arguments)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert err.startswith("fiber-d2 predict: error: ") and message in err
+    code, _, err = run("predict", image, "--classes", "a")
+    assert code == 2 and "train the quickstart first" in err
+    code, _, err = run("predict", image, "--classes", "a", "--config", "quickstop")
+    assert code == 2 and "neither a file" in err
+    assert run("predict", image)[0] == run("pedict")[0] == run()[0] == 2
+
+
+def test_info(run):
+    code, out, _ = run("info")
+    assert code == 0 and "modulated_deform_conv2d" in out
+    code, out, _ = run("info", "--json")
+    info = json.loads(out)
+    import torch
+
+    import fiber_d2
+
+    assert info["fiber_d2"] == fiber_d2.__version__
+    assert torch.__version__.startswith(info["libraries"]["torch"])
+    assert "quickstart" in info["configs"]
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_command_has_help(run, command):
+    assert command in run("--help")[1]
+    code, out, _ = run(command, "--help")
+    assert code == 0 and out.startswith(f"usage: fiber-d2 {command}")
+
+
+def test_training_and_evaluation_are_the_engine(run, monkeypatch):
+    from fiber_d2.engine import main as engine
+
+    given = []
+    monkeypatch.setattr(engine, "main", lambda argv, prog: given.append((argv, prog)))
+    quickstart = str(REPOSITORY / "configs" / "quickstart.py")
+    assert run("train", "quickstart", "--resume", "a=1")[0] == 0
+    assert run("eval", "--config-file", "x.py", "a=1")[0] == 0
+    assert given == [
+        (["--config-file", quickstart, "--resume", "a=1"], "fiber-d2 train"),
+        (["--eval-only", "--config-file", "x.py", "a=1"], "fiber-d2 eval"),
+    ]
+    code, _, err = run("train", "quickstop")
+    assert code == 2 and "neither a file" in err
+
+
+def test_validate_and_convert_say_what_is_wrong(run, tmp_path):
+    code, _, err = run("validate", "--coco-json", "x.json")
+    assert code == 2 and "--image-root" in err
+    code, _, err = run("convert", "from-fiber", "absent.pth", "out.pth")
+    assert code == 2 and "absent.pth" in err and not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.slow
+def test_as_a_module_from_elsewhere(tmp_path):
+    def start(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "fiber_d2", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+
+    done = start("info", "--json")
+    assert done.returncode == 0 and "quickstart" in json.loads(done.stdout)["configs"]
+    done = start("eval", "quickstart", "train.devise=cpu")
+    assert done.returncode == 2 and "train.device" in done.stderr
+    assert "Traceback" not in done.stderr
