@@ -1,0 +1,29 @@
+"""The work of the benchmarks at small size: both models do it, with the same results."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+import torch
+
+
+@pytest.mark.parametrize("name", ["model", "chunks", "training_step"])
+def test_both_do_the_work(load, name):
+    args = Namespace(size="small", memory="product", reference_prompts=1)
+    case = load(name).build(args, ("reference", "product"))
+    assert max(case.check().values()) <= 1e-4
+    for one_pass in case.passes.values():
+        assert all(seconds > 0 for seconds in one_pass().values())
+    # Where overlaps are nearly equal, suppression may fall either way.
+    assert case.check_after().get("detections_missing", 0.0) < 0.05
+
+
+def test_a_difference_ends_the_program(load):
+    comparison = load("comparison")
+    ones = torch.ones(3)
+    assert comparison.compare(ones, ones, "x") == 0
+    with pytest.raises(SystemExit, match="x: product and reference differ"):
+        comparison.compare(ones * 1.001, ones, "x")
+    with pytest.raises(SystemExit):
+        comparison.compare(ones * float("nan"), ones, "x")
