@@ -1,4 +1,4 @@
-"""The list of benchmarks, the tables of the documentation, and whole runs at small size."""
+"""The list of benchmarks, and the tables of the documentation."""
 
 from __future__ import annotations
 
@@ -72,19 +72,3 @@ def test_tables_say_what_was_measured_and_what_was_not(load, tmp_path):
     assert table.render(written, tmp_path) == written
     with pytest.raises(ValueError, match="no table 'other'"):
         table.render(document.replace("flickr_scoring", "other"), tmp_path)
-
-
-@pytest.mark.slow
-def test_small_run(tmp_path, load):
-    out = tmp_path / "chunks.json"
-    options = ["--size=small", "--repeats=2", "--threads=1", "--reference-prompts=1"]
-    run("chunks", *options, f"--out={out}", check=True)
-    report = json.loads(out.read_text())
-    assert report["machine"]["threads"] == 1 and report["machine"]["torch"]
-    assert set(report["variants"]) == {"reference", "product", "product bfloat16"}
-    for found in report["variants"].values():
-        assert 0 < found["seconds"]["min"] <= found["seconds"]["median"] <= found["seconds"]["max"]
-        assert found["memory"]["peak_mib"] > 0
-    assert max(report["largest_relative_differences"].values()) <= 0.05
-    text = load("table").comparison_table(report)
-    assert text.count("\n| ") == 5  # head, rule and three rows
