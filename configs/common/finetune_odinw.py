@@ -22,6 +22,8 @@ dataloader.train.update(
     # All classes of the set, always in the same order.
     sampled_classes=None,
     shuffle_classes=False,
+    # Sets are small, and batches of one orientation leave images over.
+    aspect_ratio_grouping=False,
 )
 dataloader.test.dataset = "odinw_${data.name}_${data.validation}"
 

@@ -233,7 +233,8 @@ def test_published_images_and_captions(name):
         assert isinstance(flip, T.RandomFlip)
         assert (flip.prob, flip.horizontal, flip.vertical) == (0.5, True, False)
     assert (loader.tokenizer, loader.separator, loader.max_tokens) == ("roberta-base", ". ", 256)
-    assert loader.aspect_ratio_grouping
+    # Section 5.12, 4.11.
+    assert loader.aspect_ratio_grouping == ("odinw" not in name)
     assert cfg.dataloader.test.separator == ". "
     # Section 5.3, 8: COCO is shuffled, ODinW is not; 5.5: the others draw classes.
     sampled = loader.get("sampled_classes")
