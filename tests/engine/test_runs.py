@@ -119,6 +119,7 @@ def test_a_failure_while_training_names_the_iteration(
         path.write_bytes(b"no image")
     code, _, err = run(
         *("--config-file", config_file, "--num-gpus", num_processes, "train.output_dir=out"),
+        "train.start_check=False",  # it would find the images before
         DETECTRON2_DATASETS=str(tmp_path / "damaged"),
     )
     assert code == 1
