@@ -57,8 +57,6 @@ def add_fiber_config(cfg: CfgNode) -> None:
     cfg.MODEL.FIBER.NECK.OUT_CHANNELS = 256
     cfg.MODEL.FIBER.NECK.DROP_BLOCK = 0.3
     cfg.MODEL.FIBER.NECK.DROP_BLOCK_SIZE = 3
-    # Levels above p5; the anchors need as many strides.
-    cfg.MODEL.FIBER.NECK.EXTRA_LEVELS = 2
 
     # fiber_d2.modeling.dyhead.DynamicHead
     cfg.MODEL.FIBER.TOWER = CfgNode()

@@ -51,7 +51,7 @@ class AnchorGrid(nn.Module):
         if len(levels) != len(self.strides):
             raise ValueError(
                 f"The pyramid has {len(levels)} levels, but there are {len(self.strides)} anchor "
-                "strides: let the neck's extra_levels and the anchors agree."
+                "strides: give the anchors one stride and one size for each level."
             )
         anchors = []
         for level, stride, size in zip(levels, self.strides, self.sizes):

@@ -15,18 +15,13 @@ from fiber_d2.layers import DropBlock2d
 
 
 class FeaturePyramid(nn.Module):
-    """Top-down pyramid over c3, c4, c5 with strided levels on top, p6 and p7.
+    """Top-down pyramid over c3, c4, c5 with two strided levels on top.
 
     Args:
         in_channels: channels of c3, c4, c5.
         out_channels: channels of every output.
         drop_block: DropBlock probability on the merged maps in training.
         drop_block_size: side of a block in positions.
-        extra_levels: 2 for p6 and p7, 1 for p6 alone, 0 for neither, which is enough where no
-            object is as large as their anchors. The anchor grid needs as many strides.
-
-    Raises:
-        ValueError: another number of extra levels.
     """
 
     def __init__(
@@ -36,19 +31,15 @@ class FeaturePyramid(nn.Module):
         out_channels: int = 256,
         drop_block: float = 0.3,
         drop_block_size: int = 3,
-        extra_levels: int = 2,
     ) -> None:
         super().__init__()
-        if extra_levels not in (0, 1, 2):
-            raise ValueError(f"extra_levels is {extra_levels}, but the pyramid has 0, 1 or 2.")
         self.out_channels = out_channels
         self.laterals = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in in_channels)
         self.outputs = nn.ModuleList(
             nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels
         )
-        self.extra_levels = extra_levels
-        for name in ("p6", "p7")[:extra_levels]:
-            setattr(self, name, nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1))
+        self.p6 = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
+        self.p7 = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
         self.drop_block = DropBlock2d(drop_block, drop_block_size)
         for conv in self.modules():
             if isinstance(conv, nn.Conv2d):
@@ -56,17 +47,15 @@ class FeaturePyramid(nn.Module):
                 nn.init.zeros_(conv.bias)
 
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """c3, c4, c5 as ``(P, C_i, H_i, W_i)``, finest first, to p3, p4, ..., finest first."""
+        """c3, c4, c5 as ``(P, C_i, H_i, W_i)``, finest first, to p3..p7, finest first."""
         merged = self.laterals[-1](features[-1])
         levels = [self.outputs[-1](merged)]
         for i in range(len(features) - 2, -1, -1):
             lateral = self.laterals[i](features[i])
             merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
             levels.insert(0, self.outputs[i](self.drop_block(merged)))
-        if self.extra_levels > 0:
-            levels.append(_strided(self.p6, levels[-1]))
-        if self.extra_levels > 1:
-            levels.append(_strided(self.p7, F.relu(levels[-1])))
+        levels.append(_strided(self.p6, levels[-1]))
+        levels.append(_strided(self.p7, F.relu(levels[-1])))
         return levels
 
 

@@ -12,12 +12,9 @@ def maps(channels):
     return [torch.randn(2, c, *size, generator=generator) for c, size in zip(channels, SIZES)]
 
 
-@pytest.mark.parametrize("extra_levels", [0, 1, 2])
-def test_levels_follow_their_definition(extra_levels):
+def test_levels_follow_their_definition():
     torch.manual_seed(0)
-    neck = FeaturePyramid(
-        in_channels=(4, 6, 8), out_channels=5, drop_block=0.0, extra_levels=extra_levels
-    )
+    neck = FeaturePyramid(in_channels=(4, 6, 8), out_channels=5, drop_block=0.0)
     features = maps((4, 6, 8))
     levels = neck(features)
     weights = neck.state_dict()
@@ -29,22 +26,14 @@ def test_levels_follow_their_definition(extra_levels):
     c4 = c4 + interpolate(c5, size=c4.shape[-2:], mode="nearest")
     c3 = c3 + interpolate(c4, size=c3.shape[-2:], mode="nearest")
     expected = [conv(f"outputs.{i}", x, padding=1) for i, x in enumerate((c3, c4, c5))]
-    if extra_levels > 0:
-        expected.append(conv("p6", expected[-1], stride=2, padding=1))
-    if extra_levels > 1:
-        expected.append(conv("p7", relu(expected[-1]), stride=2, padding=1))
+    expected.append(conv("p6", expected[-1], stride=2, padding=1))
+    expected.append(conv("p7", relu(expected[-1]), stride=2, padding=1))
     assert len(levels) == len(expected)
     for found, wanted in zip(levels, expected):
         torch.testing.assert_close(found, wanted)
-    assert {name.split(".")[0] for name in weights} == {
-        *("laterals", "outputs"),
-        *("p6", "p7")[:extra_levels],
-    }
 
 
 def test_numbers_of_levels_have_to_agree():
-    with pytest.raises(ValueError, match="extra_levels is 3"):
-        FeaturePyramid(extra_levels=3)
-    neck = FeaturePyramid(in_channels=(4, 6, 8), out_channels=5, extra_levels=0)
-    with pytest.raises(ValueError, match="3 levels, but there are 5 anchor strides"):
-        AnchorGrid()(neck(maps((4, 6, 8))))
+    neck = FeaturePyramid(in_channels=(4, 6, 8), out_channels=5)
+    with pytest.raises(ValueError, match="5 levels, but there are 3 anchor strides"):
+        AnchorGrid(strides=(8, 16, 32), sizes=(32, 64, 128))(neck(maps((4, 6, 8))))
