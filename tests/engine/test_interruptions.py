@@ -162,10 +162,14 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path, whole, dropout_config_file
 
 
 def check_words(err):
+    # A spawned process leaves at once. Python then gives back the semaphores of its loader, and
+    # warns of it now and then: that is two lines, both of which name its resource_tracker.
+    lines = [line for line in err.splitlines() if "resource_tracker: " not in line]
+    lines = [line for line in lines if "resource_tracker.py:" not in line]
     found = re.fullmatch(
         r"fiber-d2-train: ended by a signal after iteration (\d+); everything is saved in "
-        r"out/model_(\d+)\.pth\. The same command with --resume goes on\.\n",
-        err,
+        r"out/model_(\d+)\.pth\. The same command with --resume goes on\.",
+        "\n".join(lines),
     )
     assert found, err
     assert int(found[1]) == int(found[2])
