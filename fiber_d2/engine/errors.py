@@ -66,8 +66,8 @@ class ErrorReporter:
 
     Args:
         program: the name that messages begin with.
-        first: a multiprocessing event, shared by the processes of this machine: whoever sets it
-            speaks, the others (who fail because their partner is gone) stay silent.
+        first: a multiprocessing semaphore of 1, shared by the processes of this machine: whoever
+            gets it speaks, the others (who fail because their partner is gone) stay silent.
     """
 
     def __init__(self, program: str, first: Any = None) -> None:
@@ -97,7 +97,7 @@ class ErrorReporter:
             self._report(error, expected=True)
             sys.exit(LOST_CONTACT_EXIT_CODE)
         except Preempted as error:
-            if self._is_first():
+            if self.is_first():
                 sys.stderr.write(f"{self.program}: {error.message}\n")
                 sys.stderr.flush()
             raise
@@ -111,17 +111,15 @@ class ErrorReporter:
             self._report(error, expected=False)
             sys.exit(FAILURE_EXIT_CODE)
 
-    def _is_first(self) -> bool:
-        """Whether no process of this machine has spoken yet; from now on one has."""
-        if self.first is None:
-            return True
-        if self.first.is_set():
-            return False
-        self.first.set()
-        return True
+    def is_first(self) -> bool:
+        """Whether no process of this machine has spoken yet; from now on one has.
+
+        Processes that end together ask at the same moment: only one of them gets a yes.
+        """
+        return self.first is None or self.first.acquire(block=False)
 
     def _report(self, error: Exception, *, expected: bool) -> None:
-        if not self._is_first():
+        if not self.is_first():
             return
         details = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         where = self._write(details)

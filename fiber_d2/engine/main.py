@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     args = parser.parse_args(argv)
     # For the processes to come, as train_net.py has it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    reporter = ErrorReporter(PROGRAM, mp.get_context("spawn").Event())
+    reporter = ErrorReporter(PROGRAM, mp.get_context("spawn").Semaphore(1))
     with reporter.exit_on_error(), _exit_on_interrupt(args, reporter, parent=True), passing_on():
         # Before any process starts: most mistakes are here.
         placement = read_placement(os.environ)
@@ -260,8 +260,7 @@ def _exit_on_interrupt(
         if parent:
             # Without its terminal a program is told alone: its processes have to know.
             _interrupt_children()
-        if not reporter.first.is_set():
-            reporter.first.set()
+        if reporter.is_first():
             if isinstance(error, EvaluationInterrupted):
                 hint = str(error)
             else:

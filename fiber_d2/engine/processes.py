@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing import connection
+from multiprocessing import connection, util
 from multiprocessing.process import BaseProcess
 
 import torch.distributed as dist
@@ -53,7 +53,7 @@ def _find_lost_contact(error: BaseException | None) -> BaseException | None:
     found = None
     while error is not None:
         # gloo's errors are plain ones, which begin with the place in its source.
-        if isinstance(error, dist.DistError) or (
+        if isinstance(error, getattr(dist, "DistError", ())) or (
             isinstance(error, RuntimeError) and "gloo/" in str(error)
         ):
             found = error
@@ -104,6 +104,9 @@ def _leave(code: int) -> None:
     """
     for child in multiprocessing.active_children():
         child.terminate()
+    # The part of the farewell that waits for nobody: semaphores of loaders are given back. Python
+    # would do it, too, but only with a warning on the terminal.
+    util._run_finalizers(0)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
