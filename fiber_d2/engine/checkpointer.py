@@ -180,11 +180,22 @@ class FiberCheckpointer(DetectionCheckpointer):
         Raises:
             FileNotFoundError, ValueError: as of :meth:`load` and :meth:`find_last_sound`.
         """
-        if resume and comm.all_gather(self.has_checkpoint())[0]:
+        if resume and self.can_resume():
             return self.load(self.find_last_sound())
         if resume:
             self.logger.warning("No checkpoint to resume from in %s: a new start.", self.save_dir)
         return self.load(path, checkpointables=[])
+
+    def can_resume(self) -> bool:
+        """Whether the main process's folder has a checkpoint; all processes have to call it.
+
+        Others may not see it yet.
+        """
+        return comm.all_gather(self.has_checkpoint())[0]
+
+    def checkpoint_to_evaluate(self, path: str, *, resume: bool) -> str:
+        """With ``resume`` the last sound checkpoint, where there is one, else ``path``."""
+        return self.find_last_sound() if resume and self.can_resume() else path
 
     def find_last_sound(self) -> str:
         """The last checkpoint of ``save_dir``, or where that is damaged the one before it, etc.
@@ -218,12 +229,15 @@ class FiberCheckpointer(DetectionCheckpointer):
         last = os.path.basename(self.get_checkpoint_file())
         # Files of an older, longer run may lie there: what comes after the last one is not meant.
         earlier = sorted(
-            name
-            for name in os.listdir(self.save_dir)
-            if _NUMBERED.fullmatch(name) and (name < last or not _NUMBERED.fullmatch(last))
+            (
+                name
+                for name in os.listdir(self.save_dir)
+                if _NUMBERED.fullmatch(name) and (name < last or not _NUMBERED.fullmatch(last))
+            ),
+            reverse=True,
         )
         problems = []
-        for name in [last, *reversed([name for name in earlier if name != last])]:
+        for name in [last, *earlier]:
             path = os.path.join(self.save_dir, name)
             try:
                 if not os.path.isfile(path):

@@ -24,15 +24,16 @@ from fiber_d2.evaluation import build_evaluator
 
 from .best import BestCheckpoint, check_best_metric
 from .checkpointer import FiberCheckpointer
-from .errors import TrainingStopped
 from .evaluate import EvaluationOptions, TestSet, check_test_sets, evaluate_test_sets
 from .final_test import FOLDER, run_final_test
+from .precision import choose_amp_dtype
 from .resolve import resolve_config
 from .solver import build_param_groups, build_scheduler
 from .start_check import RunPlan, start_check
-from .step import StepTrainer, choose_amp_dtype, name_the_iteration
+from .step import StepTrainer
 from .train import distribute, restore_random_state, set_up
 from .training_hooks import TrainingOptions, build_training_hooks
+from .trouble import name_the_iteration
 from .tuning import apply_tuning
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class FiberTrainer(DefaultTrainer):
         self._trainer = StepTrainer(
             distribute(
                 model,
-                accumulate=cfg.FIBER.TRAIN.ACCUMULATE,
+                accumulate=self.options.accumulate,
                 **keyword_arguments(cfg.FIBER.TRAIN.DDP),
             ),
             optimizer,
@@ -76,7 +77,6 @@ class FiberTrainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = FiberCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
-        self.stopped: TrainingStopped | None = None
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._evaluation_options = options or EvaluationOptions(pictures=PICTURES)
@@ -85,7 +85,7 @@ class FiberTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        resuming = resume and comm.all_gather(self.checkpointer.has_checkpoint())[0]
+        resuming = resume and self.checkpointer.can_resume()
         rest = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if resuming:
             self.start_iter = self.iter + 1
@@ -279,9 +279,14 @@ class FiberTrainer(DefaultTrainer):
         evaluators: Any = None,
         *,
         options: EvaluationOptions | None = None,
+        checkpoint: str = "",
         resumable: bool = False,
     ) -> dict[str, Any]:
-        """Per data set of ``DATASETS.TEST`` the results, in the main process."""
+        """Per data set of ``DATASETS.TEST`` the results, in the main process.
+
+        Args:
+            checkpoint: where the weights are from, for the protocol; "" is ``MODEL.WEIGHTS``.
+        """
         options = options or EvaluationOptions(pictures=PICTURES)
         test_sets = cls.build_test_sets(cfg)
         if evaluators is not None:
@@ -302,7 +307,7 @@ class FiberTrainer(DefaultTrainer):
             test_sets,
             output_dir=cfg.OUTPUT_DIR,
             options=options,
-            checkpoint=cfg.MODEL.WEIGHTS,
+            checkpoint=checkpoint or cfg.MODEL.WEIGHTS,
             weights=cfg.FIBER.TRAIN.WEIGHTS,
             resumable=resumable,
         )
@@ -338,5 +343,6 @@ def run_cfg_node(
     if not cfg.MODEL.WEIGHTS and not resume:
         logger.warning("No checkpoint is given (MODEL.WEIGHTS): weights are random.")
     checkpointer = FiberCheckpointer(model, cfg.OUTPUT_DIR, weights=cfg.FIBER.TRAIN.WEIGHTS)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    FiberTrainer.test(cfg, model, options=options, resumable=True)
+    path = checkpointer.checkpoint_to_evaluate(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer.load(path, checkpointables=[])
+    FiberTrainer.test(cfg, model, options=options, checkpoint=path, resumable=True)

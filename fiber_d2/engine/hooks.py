@@ -39,8 +39,8 @@ class TrainingClock(HookBase):
 class CheckpointHook(hooks.PeriodicCheckpointer):
     """Saves every ``period`` iterations and after the last one; keeps the newest few.
 
-    Every process has to have it: each contributes its random state. A loss that is not finite
-    stops the training before its weights replace good ones.
+    Every process has to have it: each contributes its random state. Losses are looked at first: too
+    many in a row that are not finite end the training before it saves.
 
     Args:
         checkpointer: of the model, with the trainer as a checkpointable.

@@ -82,24 +82,10 @@ class NonFiniteSteps:
             raise NonFiniteError(
                 f"{self.in_a_row} steps in a row, up to iteration {iteration}, were not finite "
                 f"(train.max_nonfinite). The last one: {description}. They have changed no weight, "
-                "and the last checkpoint is from before them. Look at these images, lower the "
+                "nor has a checkpoint suffered from them. Look at these images, lower the "
                 "learning rate, clip gradients (train.clip_grad) or train in bfloat16 or full "
                 "precision, and go on with --resume."
             )
-
-    def describe(self, records: Sequence[StepRecord]) -> dict[int, str]:
-        """Of steps that were left out, by iteration: which process had what in which images.
-
-        All processes have to call it, with the same iterations; all get the same answer.
-        """
-        everyones = comm.all_gather([(r.metrics, list(r.files), r.total_loss) for r in records])
-        found = {}
-        for index, record in enumerate(records):
-            steps = [(rank, *steps[index]) for rank, steps in enumerate(everyones)]
-            guilty = [step for step in steps if not math.isfinite(step[-1])]
-            cause = "" if guilty else "the losses are finite, but their gradients are not; "
-            found[record.iteration] = cause + "; ".join(_tell(*step) for step in guilty or steps)
-        return found
 
     def state_dict(self) -> dict[str, int]:
         return {"in_a_row": self.in_a_row, "total": self.total}
@@ -107,6 +93,21 @@ class NonFiniteSteps:
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         self.in_a_row = state_dict["in_a_row"]
         self.total = state_dict["total"]
+
+
+def describe_steps(records: Sequence[StepRecord]) -> dict[int, str]:
+    """Of steps that were left out, by iteration: which process had what in which images.
+
+    All processes have to call it, with the same iterations; all get the same answer.
+    """
+    everyones = comm.all_gather(list(records))
+    found = {}
+    for index, record in enumerate(records):
+        steps = [(rank, own[index]) for rank, own in enumerate(everyones)]
+        guilty = [(rank, own) for rank, own in steps if not math.isfinite(own.total_loss)]
+        cause = "" if guilty else "the losses are finite, but their gradients are not; "
+        found[record.iteration] = cause + "; ".join(_tell(*step) for step in guilty or steps)
+    return found
 
 
 def file_names(batch: Any) -> list[str]:
@@ -117,8 +118,8 @@ def file_names(batch: Any) -> list[str]:
     return [str(item["file_name"]) for item in known]
 
 
-def _tell(rank: int, metrics: Mapping[str, float], files: list[str], _: float) -> str:
-    shown = ", ".join(f"{name} = {value:.4g}" for name, value in metrics.items())
+def _tell(rank: int, step: StepRecord) -> str:
+    shown = ", ".join(f"{name} = {value:.4g}" for name, value in step.metrics.items())
     where = f" in process {rank}" if comm.get_world_size() > 1 else ""
-    images = f", images {shorten(files, _MAX_FILES)}" if files else ""
+    images = f", images {shorten(list(step.files), _MAX_FILES)}" if step.files else ""
     return f"{shown}{where}{images}"

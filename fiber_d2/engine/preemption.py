@@ -45,12 +45,14 @@ class _Notice:
             return
         self.received = number
         if not self.awaited:
-            raise Preempted(
-                f"ended by {signal.Signals(number).name}, with nothing to save. {GO_ON}"
-            )
+            raise _nothing_to_save(number)
 
 
 _notice = _Notice()
+
+
+def _nothing_to_save(number: int) -> Preempted:
+    return Preempted(f"ended by {signal.Signals(number).name}, with nothing to save. {GO_ON}")
 
 
 @contextmanager
@@ -70,9 +72,7 @@ def passing_on() -> Iterator[None]:
         for child in children:
             os.kill(child.pid, number)
         if not children:
-            raise Preempted(
-                f"ended by {signal.Signals(number).name}, with nothing to save. {GO_ON}"
-            )
+            raise _nothing_to_save(number)
 
     with _handling(handle):
         yield

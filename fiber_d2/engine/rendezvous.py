@@ -26,6 +26,8 @@ _POLL_SECONDS = 0.2
 # Of a single question to the store; its answers take milliseconds.
 _ANSWER_SECONDS = 20.0
 _REMIND_SECONDS = 60.0
+# Errors of a store; torch before 2.2 has no class for them.
+_STORE_ERROR = getattr(dist, "DistError", RuntimeError)
 _SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 
 
@@ -125,7 +127,7 @@ class Meeting:
             ]
             # Nobody may find the store gone before it could read what does not fit together.
             self._wait_for_all("read", _ANSWER_SECONDS)
-        except dist.DistError as error:
+        except _STORE_ERROR as error:
             raise LostContactError(
                 f"Machine 0, which all meet at ({self.address}), ended before all machines had "
                 "come; see its messages."
@@ -196,7 +198,7 @@ class Meeting:
                 self._store.add("left", 1)
             else:
                 self._wait_for_all("left", seconds)
-        except dist.DistError:
+        except _STORE_ERROR:
             logger.debug("machine 0 is gone already")
 
     def report_failure(self, message: str) -> None:
@@ -207,7 +209,7 @@ class Meeting:
                 "",
                 f"machine {self.machine_rank} ({socket.gethostname()}) stopped: {message}",
             )
-        except dist.DistError:
+        except _STORE_ERROR:
             logger.debug("machine 0 is gone, nobody to tell")
 
     def failure_elsewhere(self) -> str | None:
@@ -216,7 +218,7 @@ class Meeting:
             if not self._store.check([_FAILURE]):
                 return None
             message = self._store.get(_FAILURE).decode()
-        except dist.DistError:
+        except _STORE_ERROR:
             return f"machine 0 ({self.address}) does not answer any more"
         return None if message.startswith(f"machine {self.machine_rank} ") else message
 
@@ -273,7 +275,7 @@ def _open_store(address: Address, *, offer: bool) -> dist.TCPStore:
             timeout=timedelta(seconds=_ANSWER_SECONDS),
             wait_for_workers=False,
         )
-    except dist.DistError as error:
+    except _STORE_ERROR as error:
         if "EADDRINUSE" in str(error):
             raise ValueError(
                 f"Port {address.port} of this machine is in use, perhaps by a run that is still "

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fiber_d2.modeling.metrics import collected_metrics
 
-from .errors import TrainingStopped
 from .loading import Batches
-from .nonfinite import GRAD_NORM, METRICS, NonFiniteSteps, StepRecord, file_names
-from .precision import StepScaler, choose_amp_dtype
+from .nonfinite import (
+    GRAD_NORM,
+    METRICS,
+    NonFiniteSteps,
+    StepRecord,
+    describe_steps,
+    file_names,
+)
+from .precision import StepScaler
 from .trouble import name_the_iteration
-
-__all__ = ["StepTrainer", "choose_amp_dtype", "name_the_iteration"]
 
 # How a group is updated is a matter of the machine, not of the checkpoint.
 _IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
@@ -108,7 +112,6 @@ class StepTrainer(TrainerBase):
         self.device_type = next(model.parameters()).device.type
         self.grad_scaler = StepScaler(self.device_type, amp_dtype)
         self.nonfinite = NonFiniteSteps(max_nonfinite)
-        self.stopped: TrainingStopped | None = None
         self.num_images = 0
         self.last_batch: Any = None
         self._batches: Batches | None = None
@@ -128,21 +131,22 @@ class StepTrainer(TrainerBase):
         if self._batches is None:
             self.start_loading()
         self.optimizer.zero_grad(set_to_none=True)
-        step = _Pending(self.iter, 0.0, {}, [])
+        data_time, files = 0.0, []
+        metrics: dict[str, torch.Tensor] = {}
         for index in range(self.accumulate):
             start = time.perf_counter()
             batch = self._batches.draw()
-            step = replace(step, data_time=step.data_time + time.perf_counter() - start)
-            step.files.extend(file_names(batch))
+            data_time += time.perf_counter() - start
+            files += file_names(batch)
             self.last_batch = batch
             self.num_images += len(batch)
             with self._gradients_stay_here(last=index == self.accumulate - 1):
-                self._backward(batch, step.metrics)
+                self._backward(batch, metrics)
         self.grad_scaler.unscale(self.optimizer)
-        step.metrics[GRAD_NORM] = self._clip()
-        self.grad_scaler.step(self.optimizer, step.metrics[GRAD_NORM])
+        metrics[GRAD_NORM] = self._clip()
+        self.grad_scaler.step(self.optimizer, metrics[GRAD_NORM])
 
-        self._pending.append(step)
+        self._pending.append(_Pending(self.iter, data_time, metrics, files))
         if (self.iter + 1) % self.log_period == 0 or self.iter == self.max_iter - 1:
             self.flush_metrics()
 
@@ -173,8 +177,15 @@ class StepTrainer(TrainerBase):
     def _clip(self) -> torch.Tensor:
         """The norm of all gradients, before they are clipped."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        limit = math.inf if self.clip_grad is None else self.clip_grad
-        return nn.utils.clip_grad_norm_(parameters, limit)
+        if self.clip_grad is not None:
+            return nn.utils.clip_grad_norm_(parameters, self.clip_grad)
+        # Clipping at infinity would write all gradients once more.
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if hasattr(nn.utils, "get_total_norm"):
+            return nn.utils.get_total_norm(gradients)
+        # Before torch 2.6.
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     def flush_metrics(self) -> None:
         """Average the losses since the last call over all processes and record them.
@@ -210,7 +221,7 @@ class StepTrainer(TrainerBase):
         bad = {step.iteration for step in averaged if self._is_bad(step)}
         told: dict[int, str] = {}
         if bad:
-            told = self.nonfinite.describe([r for r in records(own) if r.iteration in bad])
+            told = describe_steps([r for r in records(own) if r.iteration in bad])
         for step, data_time in zip(averaged, times.tolist()):
             if step.iteration in bad:
                 self.nonfinite.note_bad(step.iteration, told[step.iteration])

@@ -27,12 +27,13 @@ from .ema import weights_to_evaluate
 from .evaluate import build_test_sets, check_test_sets, do_test
 from .final_test import config_of_final_test, run_final_test
 from .overrides import takes_argument
+from .precision import choose_amp_dtype
 from .randomness import set_random_state
 from .report import RunSummary
 from .resolve import resolve_config
 from .scaling import lengths_from_epochs
 from .start_check import RunPlan, start_check
-from .step import StepTrainer, choose_amp_dtype
+from .step import StepTrainer
 from .training_hooks import TrainingOptions, build_training_hooks
 from .tuning import apply_tuning
 
@@ -149,9 +150,7 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[st
     model = instantiate(cfg.model).to(cfg.train.device)
     weights = cfg.train.get("weights", "model")
     checkpointer = FiberCheckpointer(model, cfg.train.output_dir, weights=weights)
-    path = cfg.train.init_checkpoint
-    if resume and comm.all_gather(checkpointer.has_checkpoint())[0]:
-        path = checkpointer.find_last_sound()
+    path = checkpointer.checkpoint_to_evaluate(cfg.train.init_checkpoint, resume=resume)
     if not path:
         logger.warning("No checkpoint is given (train.init_checkpoint): weights are random.")
     checkpointer.load(path, checkpointables=[])
@@ -333,8 +332,7 @@ def start_or_resume(
     checkpointer: FiberCheckpointer, trainer: StepTrainer, train: DictConfig, resume: bool
 ) -> tuple[int, list[Mapping[str, Any]]]:
     """Load what there is to load; the iteration to start with and the saved random states."""
-    # The main process's folder counts; others may not see it yet.
-    resuming = resume and comm.all_gather(checkpointer.has_checkpoint())[0]
+    resuming = resume and checkpointer.can_resume()
     rest = checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     if not resuming:
         return 0, []

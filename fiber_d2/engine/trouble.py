@@ -24,13 +24,11 @@ _WORKER_SILENT = re.compile(r"DataLoader timed out after (\S+) seconds")
 def name_the_iteration(trainer: TrainerBase, max_iter: int) -> Iterator[None]:
     """Turn what escapes a training loop into an error that says in which iteration it rose.
 
-    A loop that was ended on purpose (:class:`~fiber_d2.engine.errors.TrainingStopped`) ends here,
-    and the trainer's attribute ``stopped`` says why.
+    A loop that was ended on purpose (:class:`~fiber_d2.engine.errors.TrainingStopped`) ends here.
     """
     try:
         yield
     except TrainingStopped as stop:
-        trainer.stopped = stop
         logger.info("Training ends after iteration %d: %s", trainer.iter, stop)
     except NonFiniteError:
         # Its message names the iteration of the loss, which may be some before this one.

@@ -10,7 +10,7 @@ from fiber_d2.engine.loading import Batches
 
 
 class Images(Dataset):
-    """Tells the number of the process that loads, in the batch and in a file."""
+    """Tells the number of the process that loads, in the batch."""
 
     def __len__(self):
         return 1000

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fiber_d2.engine.errors import NonFiniteError, RunError
-from fiber_d2.engine.step import StepTrainer, choose_amp_dtype
+from fiber_d2.engine.precision import choose_amp_dtype
+from fiber_d2.engine.step import StepTrainer
 
 
 class Quadratic(nn.Module):

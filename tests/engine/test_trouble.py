@@ -60,8 +60,9 @@ def test_other_errors_keep_their_type_in_words():
     assert "MemoryError: too much" in str(error)
 
 
-def test_a_training_that_was_stopped_is_no_failure():
+def test_a_training_that_was_stopped_is_no_failure(caplog):
     trainer = TrainerBase()
-    with name_the_iteration(trainer, 10):
+    trainer.iter = 7
+    with caplog.at_level("INFO", "fiber_d2.engine"), name_the_iteration(trainer, 10):
         raise TrainingStopped("no better for 3 evaluations")
-    assert str(trainer.stopped) == "no better for 3 evaluations"
+    assert "Training ends after iteration 7: no better for 3 evaluations" in caplog.text
