@@ -23,8 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import statistics
 import subprocess
 import sys
 import time
@@ -36,7 +34,7 @@ from typing import Any
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, Instances
-from machine import describe_machine
+from machine import describe_machine, memory_mib, spread
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -73,6 +71,22 @@ def model_config(setting: str, *, half: bool) -> Any:
     return model
 
 
+@contextmanager
+def without_numbers(setting: str) -> Iterator[nn.Module]:
+    """FIBER-B in training mode; inside, all tensors have shapes only."""
+    with torch.device("meta"):
+        model = instantiate(model_config(setting, half=False)).train()
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, tensor in module._parameters.items():
+                if tensor is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty(tensor.shape))
+            for name, tensor in module._buffers.items():
+                if tensor is not None:
+                    module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        yield model
+
+
 class Kept:
     """Bytes of what autograd keeps, each storage once; parameters, which are there anyway, are not.
 
@@ -99,17 +113,8 @@ class Kept:
 
 def compute(setting: str) -> dict[str, float]:
     """Bytes kept by FIBER-B, in MiB, and those of the block that keeps most."""
-    with torch.device("meta"):
-        model = instantiate(model_config(setting, half=False)).train()
     largest = start = 0
-    with FakeTensorMode():
-        for module in model.modules():
-            for name, tensor in module._parameters.items():
-                if tensor is not None:
-                    module._parameters[name] = nn.Parameter(torch.empty(tensor.shape))
-            for name, tensor in module._buffers.items():
-                if tensor is not None:
-                    module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+    with without_numbers(setting) as model:
         kept = Kept(model)
 
         def before(module: nn.Module, inputs: Any) -> None:
@@ -161,12 +166,6 @@ def step(model: nn.Module, batch: list[dict[str, Any]], kept: Kept | None = None
     return [loss.item() for loss in losses.values()]
 
 
-def memory_mib(name: str) -> float:
-    """VmRSS, now, or VmHWM, the most since the last reset."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1024
-
-
 def measure(setting: str) -> dict[str, Any]:
     """One step, after another: time, memory and losses."""
     torch.set_num_threads(1)
@@ -197,11 +196,6 @@ def run(task: str, setting: str, **environment: str) -> dict[str, Any]:
     found = json.loads(done.stdout.splitlines()[-1])
     print(task, setting, done.stdout.splitlines()[-1], flush=True)
     return found
-
-
-def spread(values: Sequence[float], digits: int) -> dict[str, float]:
-    found = {"min": min(values), "median": statistics.median(values), "max": max(values)}
-    return {name: round(value, digits) for name, value in found.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,24 +13,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from comparison import (
     Case,
-    PartTimer,
     build_product,
     calibrate,
     check_outputs,
+    detection_passes,
     main,
     make_image,
     make_prompt,
-    precision,
     product_outputs,
-    share_found,
 )
 from reference import ReferenceFIBER
-from reference_tasks import reference_detect
 
 SIZES = {"full": (800, 1216), "small": (128, 192)}
 CLASSES = {"full": 1203, "small": 100}
@@ -43,45 +40,26 @@ def build(args: argparse.Namespace, variants: Sequence[str]) -> Case:
     model = build_product(args.size)
     model.head.postprocessor.max_detections = DETECTIONS
     image = make_image(*SIZES[args.size])
-    vocabulary = model.backbone.text.embeddings.word.num_embeddings
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 6, (CLASSES[args.size],), generator=generator)
     prompts, first = [], 0
     for some in lengths.split(CLASSES_PER_PROMPT):
-        prompts.append(make_prompt(vocabulary, some.tolist(), first_id=first))
+        prompts.append(make_prompt(model, some.tolist(), first_id=first))
         first += len(some)
     calibrate(model, product_outputs(model, image, prompts[0]), prompts[0])
     reference = ReferenceFIBER(model)
     count = min(args.reference_prompts or len(prompts), len(prompts))
-    detections = {}
-    timers = {"reference": PartTimer(reference), "product": PartTimer(model)}
-
-    def one_pass(variant: str) -> Callable[[], dict[str, float]]:
-        timer = timers[variant.split()[0]]
-
-        def run() -> dict[str, float]:
-            timer.reset()
-            if variant == "reference":
-                detections[variant] = reference_detect(reference, image, prompts[:count])
-            else:
-                with precision(variant):
-                    (found,) = model([{"image": image, "prompt": prompts}])
-                detections[variant] = found["instances"]
-            return timer.reset()
-
-        return run
+    passes, check_after = detection_passes(
+        model, reference, image, prompts, prompts[:count], variants
+    )
 
     def check() -> dict[str, float]:
         first = check_outputs(model, reference, image, prompts[0])
         last = check_outputs(model, reference, image, prompts[-1])
         return {name: max(first[name], last[name]) for name in first}
 
-    def check_after() -> dict[str, float]:
-        share = share_found(detections["product"], detections["reference"])
-        return {"detections_missing": 1 - share}
-
     return Case(
-        passes={variant: one_pass(variant) for variant in variants},
+        passes=passes,
         check=check,
         check_after=check_after,
         facts={

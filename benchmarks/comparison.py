@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from machine import describe_machine
+from machine import describe_machine, memory_mib, spread
 from reference import Outputs, ReferenceFIBER
+from reference_tasks import reference_detect
 from torch import nn
 
 from fiber_d2.layers.compiled import is_compiled
@@ -67,12 +68,12 @@ def make_image(height: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def make_prompt(
-    vocabulary: int, lengths: Sequence[int], *, first_id: int = 0, tokens: int | None = None
+    model: FIBER, lengths: Sequence[int], *, first_id: int = 0, tokens: int | None = None
 ) -> Prompt:
     """A caption of random words; class k has ``lengths[k]`` tokens and one of a separator after it.
 
     Args:
-        vocabulary: size of the tokenizer's.
+        model: it is asked for the size of its vocabulary.
         lengths: of the classes.
         first_id: target id of the first one.
         tokens: of the caption, which further words fill up; None for what the classes need.
@@ -87,6 +88,7 @@ def make_prompt(
         positive_map[number, start : start + length] = 1 / length
         start += length + 1
     generator = torch.Generator().manual_seed(first_id)
+    vocabulary = model.backbone.text.embeddings.word.num_embeddings
     ids = torch.randint(3, vocabulary, (tokens,), generator=generator)
     mask = torch.ones(tokens, dtype=torch.bool)
     return Prompt("", ids, mask, positive_map, torch.arange(len(lengths)) + first_id)
@@ -200,6 +202,47 @@ class PartTimer:
         return found
 
 
+def detection_passes(
+    model: FIBER,
+    reference: ReferenceFIBER,
+    image: torch.Tensor,
+    asked: Prompt | Sequence[Prompt],
+    timed: Sequence[Prompt],
+    variants: Sequence[str],
+) -> tuple[dict[str, Callable[[], dict[str, float]]], Callable[[], dict[str, float]]]:
+    """``passes`` and ``check_after`` of a case whose variants detect things in an image.
+
+    Args:
+        model, reference, image: of the work.
+        asked: what the product is asked for.
+        timed: what the reference is asked for, of which it may do a part.
+        variants: those wanted.
+    """
+    detections = {}
+    timers = {"reference": PartTimer(reference), "product": PartTimer(model)}
+
+    def one_pass(variant: str) -> Callable[[], dict[str, float]]:
+        timer = timers[variant.split()[0]]
+
+        def run() -> dict[str, float]:
+            timer.reset()
+            if variant == "reference":
+                detections[variant] = reference_detect(reference, image, timed)
+            else:
+                with precision(variant):
+                    (found,) = model([{"image": image, "prompt": asked}])
+                detections[variant] = found["instances"]
+            return timer.reset()
+
+        return run
+
+    def check_after() -> dict[str, float]:
+        share = share_found(detections["product"], detections["reference"])
+        return {"detections_missing": 1 - share}
+
+    return {variant: one_pass(variant) for variant in variants}, check_after
+
+
 @dataclass
 class Case:
     """What a benchmark does.
@@ -207,7 +250,7 @@ class Case:
     Attributes:
         passes: per variant, one pass; what it returns are seconds of its parts.
         check: ends the program where product and reference differ; how far they do.
-        check_after: the same for what the timed passes found.
+        check_after: how far apart what the timed passes found is; written down, ends nothing.
         facts: about the work, for the result file.
         factors: by which the seconds of a variant are multiplied, as it does a part of the work.
     """
@@ -217,17 +260,6 @@ class Case:
     facts: dict[str, Any]
     check_after: Callable[[], dict[str, float]] = dict
     factors: dict[str, float] = field(default_factory=dict)
-
-
-def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
-    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, digits) for name, value in found.items()}
-
-
-def memory_mib(name: str) -> float:
-    """VmRSS, now, or VmHWM, the most since the last reset. Linux only."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1024
 
 
 def measure_memory(case: Case, variant: str) -> dict[str, int]:
@@ -283,7 +315,6 @@ def main(
     name: str,
     description: str,
     build: Callable[[argparse.Namespace, Sequence[str]], Case],
-    argv: Sequence[str] | None = None,
     *,
     repeats: int,
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
@@ -294,7 +325,6 @@ def main(
         name: of its script and of its result file.
         description: its docstring.
         build: from the arguments and the variants wanted to the work.
-        argv: the command line.
         repeats: the usual number of rounds.
         options: adds further ones.
     """
@@ -307,14 +337,14 @@ def main(
     parser.add_argument("--out", type=Path, help="the default is results/ for --size full")
     parser.add_argument("--memory", choices=VARIANTS, help=argparse.SUPPRESS)
     options(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f"--repeats is {args.repeats}, but at least one round is needed")
     torch.set_num_threads(args.threads)
     if args.memory is not None:
         print(json.dumps(measure_memory(build(args, (args.memory,)), args.memory)))
         return 0
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:]
     # In front of the rest: processes that measure memory are small while this one has no models.
     # With this, glibc asks the system for each larger piece: the peak is of what is in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import describe_machine
+from machine import describe_machine, spread
 from torchvision.ops import deform_conv2d
 
 from fiber_d2.layers.compiled import is_compiled, why_not_compiled
@@ -96,18 +95,11 @@ def check(found: dict[str, Any]) -> float:
     worst = 0.0
     for name in ("compiled", "embedding_bag"):
         for ours, theirs in zip(found[name]["results"], found["torchvision"]["results"]):
-            worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max()))
-    if worst > TOLERANCE:
-        raise SystemExit(f"results differ by {worst:.1e}: nothing to time")
+            difference = float((ours - theirs).abs().max() / theirs.abs().max())
+            if not difference <= TOLERANCE:  # nor NaN, which max() below would let through
+                raise SystemExit(f"results differ by {difference:.1e}: nothing to time")
+            worst = max(worst, difference)
     return worst
-
-
-def spread(seconds: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(seconds), 5),
-        "min": round(min(seconds), 5),
-        "max": round(max(seconds), 5),
-    }
 
 
 def measure(shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
@@ -122,7 +114,7 @@ def measure(shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
             for part in ("forward", "both"):
                 times[name][part].append(found[part])
     rows = {
-        name: {part: spread(values) for part, values in parts.items()}
+        name: {part: spread(values, digits=5) for part, values in parts.items()}
         for name, parts in times.items()
     }
 
@@ -155,6 +147,8 @@ def main() -> None:
         raise SystemExit(f"the compiled operators are missing: {why_not_compiled()}")
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {
+        "command": "python benchmarks/deform_conv.py "
+        f"--threads {args.threads} --repeats {args.repeats}",
         "machine": {**describe_machine("torch", "torchvision"), "threads": args.threads},
         "repeats": args.repeats,
         "cases": {},

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
-from machine import describe_machine
+from machine import describe_machine, spread
 
 from fiber_d2.evaluation import FlickrRecallEvaluator
 from fiber_d2.structures import Prompt
@@ -199,11 +198,6 @@ def cpu_seconds(function: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def spread(values: Sequence[float], digits: int) -> dict[str, float]:
-    found = {"min": min(values), "median": statistics.median(values), "max": max(values)}
-    return {name: round(value, digits) for name, value in found.items()}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -252,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "numbers_compared": len(expected),
         "R@1_of_both": expected["R@1"],
         "reading_ground_truth_cpu_seconds": round(reading, 2),
-        "cpu_seconds": {name: spread(values, 3) for name, values in seconds.items()},
+        "cpu_seconds": {name: spread(values) for name, values in seconds.items()},
         "times_as_fast": spread(ratios, 1),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,13 @@
-"""What a benchmark ran on, for its result file."""
+"""What a benchmark ran on, what it took, and how its result file says so."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import re
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +30,15 @@ def describe_machine(*packages: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def memory_mib(name: str) -> float:
+    """VmRSS, now, or VmHWM, the most since the last reset. Linux only."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1024
+
+
+def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
+    """What a result file keeps of several times."""
+    found = {"min": min(values), "median": statistics.median(values), "max": max(values)}
+    return {name: round(value, digits) for name, value in found.items()}

@@ -11,25 +11,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from comparison import (
     Case,
-    PartTimer,
     build_product,
     calibrate,
     check_outputs,
     compare,
+    detection_passes,
     main,
     make_image,
     make_prompt,
-    precision,
     product_outputs,
-    share_found,
 )
 from reference import ReferenceFIBER
-from reference_tasks import reference_detect, reference_postprocess
+from reference_tasks import reference_postprocess
 from torch.utils.flop_counter import FlopCounterMode
 from training_cost import counted
 
@@ -40,27 +38,10 @@ CLASSES, TOKENS = 80, 256
 def build(args: argparse.Namespace, variants: Sequence[str]) -> Case:
     model = build_product(args.size)
     image = make_image(*SIZES[args.size])
-    vocabulary = model.backbone.text.embeddings.word.num_embeddings
-    prompt = make_prompt(vocabulary, [2] * CLASSES, tokens=TOKENS)
+    prompt = make_prompt(model, [2] * CLASSES, tokens=TOKENS)
     calibrate(model, product_outputs(model, image, prompt), prompt)
     reference = ReferenceFIBER(model)
-    detections = {}
-    timers = {"reference": PartTimer(reference), "product": PartTimer(model)}
-
-    def one_pass(variant: str) -> Callable[[], dict[str, float]]:
-        timer = timers[variant.split()[0]]
-
-        def run() -> dict[str, float]:
-            timer.reset()
-            if variant == "reference":
-                detections[variant] = reference_detect(reference, image, [prompt])
-            else:
-                with precision(variant):
-                    (found,) = model([{"image": image, "prompt": prompt}])
-                detections[variant] = found["instances"]
-            return timer.reset()
-
-        return run
+    passes, check_after = detection_passes(model, reference, image, prompt, [prompt], variants)
 
     def check() -> dict[str, float]:
         found = check_outputs(model, reference, image, prompt)
@@ -75,10 +56,6 @@ def build(args: argparse.Namespace, variants: Sequence[str]) -> Case:
         found["boxes"] = compare(ours.pred_boxes.tensor, theirs.boxes, "boxes")
         return found
 
-    def check_after() -> dict[str, float]:
-        share = share_found(detections["product"], detections["reference"])
-        return {"detections_missing": 1 - share}
-
     facts = {
         "image": "x".join(map(str, image.shape[1:])),
         "tokens": TOKENS,
@@ -89,7 +66,7 @@ def build(args: argparse.Namespace, variants: Sequence[str]) -> Case:
             product_outputs(model, image, prompt)
         facts["tflop_of_product"] = round(counter.get_total_flops() / 1e12, 3)
     return Case(
-        passes={variant: one_pass(variant) for variant in variants},
+        passes=passes,
         check=check,
         check_after=check_after,
         facts=facts,

@@ -36,7 +36,7 @@ def with_spread(values: dict[str, float], digits: int = 2) -> str:
 
 def origin(report: dict[str, Any]) -> str:
     """What it was measured on and how."""
-    machine = dict(report["machine"])
+    machine = report["machine"]
     cpu, threads = machine["cpu"], machine.get("threads")
     count = f"{threads} threads" if threads else f"{machine['cpu_count']} processors"
     versions = ", ".join(
@@ -48,9 +48,7 @@ def origin(report: dict[str, Any]) -> str:
         found += "; matrix products at " + " and ".join(
             f"{rate:.0f} GFLOP/s in {kind}" for kind, rate in rates.items()
         )
-    if "command" in report:
-        found += f". `{report['command']}`"
-    return found + "\n"
+    return f"{found}. `{report['command']}`\n"
 
 
 def comparison_table(report: dict[str, Any]) -> str:
@@ -72,15 +70,17 @@ def comparison_table(report: dict[str, Any]) -> str:
             ]
         )
     work = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report["work"].items())
-    differences = ", ".join(
-        f"{key.replace('_', ' ')} {value:.2g}"
-        for key, value in report["largest_relative_differences"].items()
-    )
-    return (
+    found = dict(report["largest_relative_differences"])
+    missing = found.pop("detections_missing", None)
+    differences = ", ".join(f"{key.replace('_', ' ')} {value:.2g}" for key, value in found.items())
+    text = (
         f"Work: {work}. {report['repeats']} rounds.\n\n"
         + markdown(head, rows)
         + f"\nLargest relative differences between product and reference: {differences}.\n"
     )
+    if missing is not None:
+        text += f"Share of the reference's detections that the product misses: {missing:.2g}.\n"
+    return text
 
 
 def deform_conv_table(report: dict[str, Any]) -> str:

@@ -21,17 +21,14 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from activation_checkpointing import Kept, model_config
-from detectron2.config import instantiate
+from activation_checkpointing import Kept, without_numbers
 from machine import describe_machine
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fiber_d2.layers.compiled import is_compiled
@@ -47,22 +44,6 @@ PEAKS = {"V100": 125.0, "A100": 312.0, "H100 SXM": 989.0}
 UTILISATION = 0.3
 GPUS = 64
 GIB = 2**30
-
-
-@contextmanager
-def without_numbers(setting: str) -> Iterator[nn.Module]:
-    """FIBER-B in training mode; inside, all tensors have shapes only."""
-    with torch.device("meta"):
-        model = instantiate(model_config(setting, half=False)).train()
-    with FakeTensorMode():
-        for module in model.modules():
-            for name, tensor in module._parameters.items():
-                if tensor is not None:
-                    module._parameters[name] = nn.Parameter(torch.empty(tensor.shape))
-            for name, tensor in module._buffers.items():
-                if tensor is not None:
-                    module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        yield model
 
 
 def forward(model: nn.Module, batch: int, size: tuple[int, int]) -> torch.Tensor:

@@ -27,3 +27,27 @@ def test_a_difference_ends_the_program(load):
         comparison.compare(ones * 1.001, ones, "x")
     with pytest.raises(SystemExit):
         comparison.compare(ones * float("nan"), ones, "x")
+
+
+def test_nan_ends_the_program_wherever_it_is(load, monkeypatch):
+    deform_conv = load("deform_conv")
+    ones, nan = torch.ones(3), torch.full((3,), float("nan"))
+    found = {name: {"results": [ones, ones]} for name in deform_conv.METHODS}
+    assert deform_conv.check(found) == 0
+    found["compiled"]["results"] = [nan, ones]
+    with pytest.raises(SystemExit, match="results differ by nan"):
+        deform_conv.check(found)
+
+    training_step = load("training_step")
+    build_product = training_step.build_product
+
+    def build_with_a_nan(size):
+        model = build_product(size)
+        *_, last = model.parameters()
+        last.register_hook(lambda grad: grad * float("nan"))
+        return model
+
+    monkeypatch.setattr(training_step, "build_product", build_with_a_nan)
+    case = training_step.build(Namespace(size="small"), ())
+    with pytest.raises(SystemExit, match="gradients differ by nan"):
+        case.check()

@@ -33,8 +33,9 @@ model = L(FIBER)(
             # they are.
             frozen_stages=-1,
             # Here, in `text` and in `head.tower`: the same numbers from less memory in training.
-            # All three keep 0.6 instead of 7.2 GiB for an image of 800x1344 between the passes, and
-            # take 1.43 times as long (benchmarks/results/activation_checkpointing.json).
+            # All three keep 0.6 instead of 7.2 GiB for an image of 800x1344 between the passes, as
+            # computed, and take 1.43 times as long, as timed on a CPU with half the width, an image
+            # of 320x320 and float32 (benchmarks/results/activation_checkpointing.json).
             checkpoint=False,
         ),
         text=L(RobertaEncoder)(
