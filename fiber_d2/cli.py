@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
@@ -78,7 +77,5 @@ def _run_engine(argv: list[str], prog: str, *, eval_only: bool) -> int:
         except FileNotFoundError as error:
             sys.stderr.write(f"{prog}: error: {error}\n")
             return 2
-    # torch's C++ warnings, pages of them when a connection ends.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     run([*(["--eval-only"] if eval_only else []), *argv], prog)
     return 0

@@ -20,6 +20,8 @@ REPOSITORY = Path(__file__).parents[1]
 def run(capsys, monkeypatch, tmp_path):
     """Run in this process, in ``tmp_path``: ``run(*arguments) -> (exit status, out, err)``."""
     monkeypatch.chdir(tmp_path)
+    # It is for a process of its own, and would change that of the tests.
+    monkeypatch.setattr("fiber_d2.commands.validate.prepare_process", lambda: None)
 
     def run(*arguments):
         try:
@@ -100,6 +102,7 @@ def test_mistakes_are_one_line_and_status_2(run, predict, tiny, tmp_path):
         ((image, "--classes", "a", "--every", 0), "at least 1"),
         ((image, "--classes", "a", "--threshold", 40), "between 0 and 1"),
         ((image, "--caption", " "), "text with words"),
+        ((image, "--classes", "a", "--output", "empty.txt/out"), "Not a directory"),
     ):
         code, _, err = predict(*arguments)
         assert (code, err.count("\n")) == (2, 1), err
@@ -152,7 +155,8 @@ def test_validate_and_convert_say_what_is_wrong(run, tmp_path):
     code, _, err = run("validate", "--coco-json", "x.json")
     assert code == 2 and "--image-root" in err
     code, _, err = run("convert", "from-fiber", "absent.pth", "out.pth")
-    assert code == 2 and "absent.pth" in err and not (tmp_path / "out.pth").exists()
+    assert code == 2 and err.startswith("fiber-d2 convert: error: ") and err.count("\n") == 1
+    assert "absent.pth" in err and not (tmp_path / "out.pth").exists()
 
 
 @pytest.mark.slow

@@ -31,8 +31,8 @@ from fiber_d2.checkpoint.files import (
     resolve_checkpoint_path,
     state_dict_of,
 )
-from fiber_d2.engine.checkpointer import write_atomically
-from fiber_d2.engine.errors import EXPECTED_ERRORS, USAGE_EXIT_CODE, message_of
+from fiber_d2.engine.durable import write_atomically
+from fiber_d2.engine.errors import EXPECTED_ERRORS, USAGE_EXIT_CODE, PlainRunError, message_of
 
 
 def from_fiber(args: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -75,10 +75,10 @@ def initialize(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     for path, function in (*sources, (args.fiber, initialize_from_fiber)):
         if path:
             result = function(model, path)
-            print(
+            sys.stdout.write(
                 f"{path}: {len(result.loaded)} entries, {len(result.resized)} of them interpolated "
                 f"to another window; {len(result.dropped)} dropped; {len(result.kept)} of the "
-                "model keep their initial values"
+                "model keep their initial values\n"
             )
     return model.state_dict()
 
@@ -121,8 +121,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         weights = args.function(args)
         write_atomically(args.output, lambda file: torch.save({"model": weights}, file))
-    except (*EXPECTED_ERRORS, OSError) as error:
-        print(f"convert_checkpoint: error: {message_of(error)}", file=sys.stderr)
+    # A full disk is a PlainRunError.
+    except (*EXPECTED_ERRORS, OSError, PlainRunError) as error:
+        sys.stderr.write(f"{prog or 'convert_checkpoint'}: error: {message_of(error)}\n")
         return USAGE_EXIT_CODE
-    print(f"{args.output}: {len(weights)} entries")
+    sys.stdout.write(f"{args.output}: {len(weights)} entries\n")
     return 0

@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     args = build_parser(prog).parse_args(argv)
     try:
         return run(args)
-    except EXPECTED_ERRORS as error:
+    except (*EXPECTED_ERRORS, OSError) as error:
         sys.stderr.write(f"{prog or 'predict'}: error: {message_of(error)}\n")
         return USAGE_EXIT_CODE
     except KeyboardInterrupt:

@@ -36,13 +36,17 @@ from fiber_d2.data.validation import (
     source_of_json,
     validate,
 )
-from fiber_d2.engine.errors import EXPECTED_ERRORS, USAGE_EXIT_CODE, message_of
+from fiber_d2.engine.errors import (
+    EXPECTED_ERRORS,
+    FAILURE_EXIT_CODE,
+    INTERRUPTED_EXIT_CODE,
+    USAGE_EXIT_CODE,
+    message_of,
+)
 from fiber_d2.engine.overrides import import_user_modules
 from fiber_d2.files import save_json
 from fiber_d2.text import load_tokenizer
 
-ERRORS_EXIT_CODE = 1
-INTERRUPTED_EXIT_CODE = 130
 # That of the published models, and one that is always there.
 TOKENIZER, FALLBACK = "roberta-base", "shapes"
 
@@ -136,11 +140,10 @@ def find_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
     try:
         return load_tokenizer(TOKENIZER)
     except FileNotFoundError:
-        print(
+        sys.stderr.write(
             f"note: the tokenizer {TOKENIZER} is not here, so captions are checked with the "
             f"bundled {FALLBACK!r}, which needs more tokens for most words (--tokenizer names "
-            "another)",
-            file=sys.stderr,
+            "another)\n"
         )
         return load_tokenizer(FALLBACK)
 
@@ -176,12 +179,12 @@ def run(args: argparse.Namespace) -> int:
     )
     report = validate(sources, options, also)
     fixed = fix(report, options, args.fix) if args.fix else None
-    print(format_report(report))
+    sys.stdout.write(f"{format_report(report)}\n")
     if fixed:
-        print(fixed)
+        sys.stdout.write(f"{fixed}\n")
     if args.json:
         save_json(report_as_dict(report), args.json)
-        print(f"report: {args.json}")
+        sys.stdout.write(f"report: {args.json}\n")
     if report.stopped == "interrupted":
         return INTERRUPTED_EXIT_CODE
     if args.show:
@@ -190,8 +193,9 @@ def run(args: argparse.Namespace) -> int:
             if len(report.sources) > 1:
                 folder = os.path.join(folder, re.sub(r"[^\w.-]+", "_", source.label))
             paths = draw_samples(source, contents, args.show, folder)
-            print(f"{source.label}: {max(0, len(paths) - 1)} pictures in {folder}")
-    return ERRORS_EXIT_CODE if report.has_errors or report.stopped else 0
+            pictures = max(0, len(paths) - 1)
+            sys.stdout.write(f"{source.label}: {pictures} pictures in {folder}\n")
+    return FAILURE_EXIT_CODE if report.has_errors or report.stopped else 0
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -200,7 +204,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         return run(args)
     except (*EXPECTED_ERRORS, OSError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
+        sys.stderr.write(f"error: {message_of(error)}\n")
         return USAGE_EXIT_CODE
     except KeyboardInterrupt:
         return INTERRUPTED_EXIT_CODE

@@ -1,4 +1,6 @@
+import errno
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,20 @@ def test_mistakes_leave_no_file_and_one_message(tmp_path, original, convert):
         assert code == 2
         assert message in error and "Traceback" not in error
         assert not (tmp_path / "out.pth").exists()
+
+
+def test_a_full_disk_is_one_message(tmp_path, original, convert, monkeypatch):
+    torch.save({"model": original}, tmp_path / "original.pth")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", fail)
+    code, _, error = convert("from-fiber", tmp_path / "original.pth", tmp_path / "out.pth")
+    assert code == 2
+    assert error.startswith("convert_checkpoint: error: ") and error.count("\n") == 1
+    assert "out.pth cannot be written: No space left" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["original.pth"]
 
 
 def test_start_of_training(tmp_path, original, convert):
