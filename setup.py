@@ -62,17 +62,19 @@ def output_in(path):
 
 
 def compiled_operators():
-    """Arguments of setup() that build csrc/, where torch is there; FIBER_D2_BUILD_OPS=0 skips it.
+    """Extensions and commands of setup() that build csrc/, where torch is there.
+
+    FIBER_D2_BUILD_OPS=0 skips it.
 
     A build that fails leaves an installation without compiled operators, which works.
     """
     if os.environ.get("FIBER_D2_BUILD_OPS", "1") == "0":
-        return {}
+        return [], {}
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         # pip's isolated builds have no torch: --no-build-isolation shows them the one installed.
-        return {}
+        return [], {}
 
     class BuildOperators(BuildExtension):
         def run(self):
@@ -94,10 +96,10 @@ def compiled_operators():
         # Compiled for threads but not linked to a library of them: torch has loaded its own.
         flags.append("-fopenmp")
     extension = CppExtension("fiber_d2._C", sources, extra_compile_args=flags)
-    return {"ext_modules": [extension], "build_ext": BuildOperators}
+    return [extension], {"build_ext": BuildOperators}
 
 
-OPERATORS = compiled_operators()
+EXTENSIONS, COMMANDS = compiled_operators()
 
 # Lower bounds only: the tested set is pinned in constraints.txt. Detectron2 is missing on purpose,
 # because it is on no package index: tools/install_detectron2.py installs it.
@@ -136,11 +138,8 @@ setup(
     python_requires=">=3.9",
     packages=find_packages(include=["fiber_d2", "fiber_d2.*"]),
     package_data={"fiber_d2.data": ["assets/*.json"], "fiber_d2.text": ["assets/*.json"]},
-    ext_modules=OPERATORS.get("ext_modules", []),
-    cmdclass={
-        "build_py": BuildWithConfigs,
-        **{name: command for name, command in OPERATORS.items() if name == "build_ext"},
-    },
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_py": BuildWithConfigs, **COMMANDS},
     install_requires=REQUIREMENTS,
     extras_require={
         "fast": FAST,

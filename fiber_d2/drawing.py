@@ -69,10 +69,7 @@ def draw_record(
     if len(gt_boxes) != len(gt_words) or len(counts) != 1:
         raise ValueError("Every box needs its words, and every prediction its score.")
 
-    colors = {
-        words: _PALETTE[index % len(_PALETTE)]
-        for index, words in enumerate(dict.fromkeys([*gt_words, *pred_words]))
-    }
+    colors = _colors_of([*gt_words, *pred_words])
     scale = panel_side / max(image_rgb.shape[:2])
     panel = _fit(image_rgb, panel_side)
     halves = {
@@ -118,10 +115,7 @@ def draw_found(
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     if not len(boxes) == len(words) == len(scores):
         raise ValueError("Every box needs its words and its score.")
-    colors = {
-        text: _PALETTE[index % len(_PALETTE)]
-        for index, text in enumerate(dict.fromkeys([*order, *words]))
-    }
+    colors = _colors_of([*order, *words])
     scale = panel_side / max(image_rgb.shape[:2])
     labels = [f"{score:.2f}" for score in scores]
     panel = _draw_panel(_fit(image_rgb, panel_side), boxes * scale, words, labels, colors)
@@ -165,6 +159,13 @@ def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
     """Write a uint8 RGB picture so that ``path`` never holds half a file."""
     with replacing(path) as file:
         Image.fromarray(image).save(file, format="PNG")
+
+
+def _colors_of(words: Words) -> dict[str, tuple[float, ...]]:
+    """A colour for each text, by the order in which they come first."""
+    return {
+        text: _PALETTE[index % len(_PALETTE)] for index, text in enumerate(dict.fromkeys(words))
+    }
 
 
 def _fit(image: np.ndarray, side: int) -> np.ndarray:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.structures import BoxMode, Instances
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
 
 
 class Prediction(dict[str, Any]):
@@ -88,13 +89,9 @@ class Prediction(dict[str, Any]):
             raise ValueError(
                 f"There are {len(ids)} category ids for {len(self.targets)} targets: give one each."
             )
-        instances = self.instances
-        boxes = BoxMode.convert(instances.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
         return [
-            {"image_id": image_id, "category_id": ids[target], "bbox": box, "score": score}
-            for box, score, target in zip(
-                boxes.tolist(), instances.scores.tolist(), instances.pred_classes.tolist()
-            )
+            {**result, "category_id": ids[result["category_id"]]}
+            for result in instances_to_coco_json(self.instances, image_id)
         ]
 
     def to_supervision(self) -> Any:

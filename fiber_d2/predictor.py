@@ -7,7 +7,6 @@ import functools
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Union
 
 import torch
@@ -16,7 +15,6 @@ from detectron2.data import transforms as T
 from omegaconf import DictConfig
 from torch import nn
 
-import fiber_d2  # noqa: F401 - fills the registries
 from fiber_d2.data.images import ImageLike, read_pixels
 from fiber_d2.data.mapper import prepare_image
 from fiber_d2.engine.checkpointer import FiberCheckpointer
@@ -109,7 +107,7 @@ class Predictor:
         self.model.requires_grad_(False).to(self.device)
         self._lock = threading.Lock()
         self._known = functools.lru_cache(maxsize=_REMEMBERED)(
-            lambda asked: asked.query.prompts(self.tokenizer, settings.prompts)
+            lambda query: query.prompts(self.tokenizer, settings.prompts)
         )
 
     def __call__(
@@ -149,21 +147,20 @@ class Predictor:
         is_list = isinstance(image, (list, tuple))
         images = list(image) if is_list else [image]
         queries = self._queries(text_or_classes, len(images) if is_list else None)
-        view = self._with_limits(
-            self.threshold if threshold is None else _check_share("threshold", threshold),
-            _check_share("nms_thresh", nms_thresh),
-            max_detections,
-        )
+        threshold = self.threshold if threshold is None else _check_share("threshold", threshold)
+        model = self._with_limits(threshold, _check_share("nms_thresh", nms_thresh), max_detections)
         found: list[Prediction] = []
         for start in range(0, len(images), self.batch_size):
             chunk = slice(start, start + self.batch_size)
-            found += view.detect(
-                [
-                    {**self._input(one, image_format), "prompt": self._prompts(query)}
-                    for one, query in zip(images[chunk], queries[chunk])
-                ],
-                queries[chunk],
-            )
+            inputs = [
+                {**self._input(one, image_format), "prompt": self._prompts(query)}
+                for one, query in zip(images[chunk], queries[chunk])
+            ]
+            for output, query in zip(model.inference(inputs), queries[chunk]):
+                instances = output["instances"].to("cpu")
+                if threshold is not None:
+                    instances = instances[instances.scores >= threshold]
+                found.append(Prediction(instances, query.words))
         return found if is_list else found[0]
 
     def _queries(self, given: Any, count: int | None) -> list[Query]:
@@ -180,7 +177,7 @@ class Predictor:
     def _prompts(self, query: Query) -> list[Prompt]:
         # Tokenizers of Hugging Face change themselves while they work.
         with self._lock:
-            return self._known(_Asked(query.key(), query))
+            return self._known(query)
 
     def _input(self, image: ImageLike, image_format: str) -> dict[str, Any]:
         pixels = read_pixels(image, self.image_format, given_format=image_format)
@@ -189,7 +186,7 @@ class Predictor:
 
     def _with_limits(
         self, threshold: float | None, nms_thresh: float | None, max_detections: int | None
-    ) -> _View:
+    ) -> nn.Module:
         """The model with other limits; weights are shared, and this one does not change."""
         limits: dict[str, Any] = {}
         own = self.model.head.postprocessor
@@ -203,38 +200,11 @@ class Predictor:
                 raise ValueError(f"max_detections is {max_detections}, but has to be positive.")
             limits.update(max_detections=max_detections, max_merged_detections=max_detections)
         if not limits:
-            return _View(self.model, threshold)
+            return self.model
         postprocessor = copy.copy(own)
         vars(postprocessor).update(limits)
         head = _shallow(self.model.head, postprocessor=postprocessor)
-        return _View(_shallow(self.model, head=head), threshold)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A query as a key of the cache."""
-
-    key: Any
-    query: Query = field(compare=False)
-
-
-@dataclass(frozen=True)
-class _View:
-    """A model and the lowest score of what it is asked to show."""
-
-    model: nn.Module
-    threshold: float | None
-
-    def detect(
-        self, inputs: Sequence[dict[str, Any]], queries: Sequence[Query]
-    ) -> list[Prediction]:
-        found = []
-        for output, query in zip(self.model.inference(inputs), queries):
-            instances = output["instances"].to("cpu")
-            if self.threshold is not None:
-                instances = instances[instances.scores >= self.threshold]
-            found.append(Prediction(instances, query.words))
-        return found
+        return _shallow(self.model, head=head)
 
 
 def _shallow(module: nn.Module, **children: nn.Module) -> nn.Module:

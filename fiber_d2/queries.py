@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Union
 
 from transformers import PreTrainedTokenizerFast
@@ -48,7 +48,8 @@ class Classes:
     """
 
     names: Sequence[str]
-    templates: str | Sequence[Mapping[str, str]] | None = None
+    # Mappings have no hash; that of the names is enough.
+    templates: str | Sequence[Mapping[str, str]] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.names, str):
@@ -61,16 +62,13 @@ class Classes:
         if wrong or not self.names:
             found = repr(wrong[0]) if wrong else "none"
             raise ValueError(f"Classes are a list of one name or more, but there is {found}.")
+        if self.templates is not None and not isinstance(self.templates, str):
+            # Copied, since questions are remembered with what they stand for.
+            object.__setattr__(self, "templates", [dict(entry) for entry in self.templates])
 
     @property
     def words(self) -> list[str]:
         return list(self.names)
-
-    def key(self) -> Any:
-        templates = self.templates
-        if templates is not None and not isinstance(templates, str):
-            templates = tuple(tuple(sorted(entry.items())) for entry in templates)
-        return type(self), self.names, templates
 
     def prompts(
         self, tokenizer: PreTrainedTokenizerFast, settings: Mapping[str, Any]
@@ -106,9 +104,6 @@ class Caption:
     def words(self) -> list[str]:
         return [" ... ".join(self.text[b:e].strip() for b, e in phrase) for phrase in self.spans]
 
-    def key(self) -> Any:
-        return type(self), self.text, self.spans
-
     def prompts(
         self, tokenizer: PreTrainedTokenizerFast, settings: Mapping[str, Any]
     ) -> list[Prompt]:
@@ -132,9 +127,6 @@ class Expression:
     @property
     def words(self) -> list[str]:
         return [self.text.strip()]
-
-    def key(self) -> Any:
-        return type(self), self.text
 
     def prompts(
         self, tokenizer: PreTrainedTokenizerFast, settings: Mapping[str, Any]

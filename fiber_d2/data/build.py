@@ -11,7 +11,7 @@ import torch
 from detectron2.data import MapDataset, MetadataCatalog
 from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
 from detectron2.data.samplers import InferenceSampler
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from fiber_d2.text import load_tokenizer
@@ -123,7 +123,6 @@ def build_train_loader(
     if not datasets:
         raise ValueError("There is no training data set: name at least one in `datasets`.")
     loaded_tokenizer = load_tokenizer(tokenizer)
-    mapped: list[Dataset] = []
     parts: list[TrainingPart] = []
     groups: list[np.ndarray] = []
     factors: list[np.ndarray | None] = []
@@ -163,12 +162,11 @@ def build_train_loader(
             repeat_factors(image_classes(records), repeat_threshold) if resampled else None
         )
         parts.append(TrainingPart(name, lean_dataset(records), mapper))
-        mapped.append(MapDataset(parts[-1].records, mapper))
     if isinstance(weights, Mapping):
         images = total_batch_size * accumulate
         weights = {step * images: shares for step, shares in weights.items()}
     stream = TrainingStream(
-        [len(part) for part in mapped],
+        [len(part.records) for part in parts],
         weights=weights,
         repeats=repeats,
         repeat_factors=None if repeat_threshold is None else factors,
@@ -180,10 +178,9 @@ def build_train_loader(
         start_index=start_index * accumulate,
         groups=np.concatenate(groups) if groups else None,
     )
+    dataset = ConcatDataset([MapDataset(part.records, part.mapper) for part in parts])
     return DataLoader(
-        TrainingSet(
-            ConcatDataset(mapped), seed=seed, max_failed_share=max_failed_share, parts=parts
-        ),
+        TrainingSet(dataset, seed=seed, max_failed_share=max_failed_share, parts=parts),
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
