@@ -256,7 +256,7 @@ class FlickrRecallEvaluator(DatasetEvaluator):
                         f"{item.get('image_id')}: is it a data set of the grounding form?"
                     )
             instances = output["instances"].to("cpu")
-            # As arrays: lists of lists would take ten times the memory and the time.
+            # As arrays: lists of lists would take far more memory and time.
             boxes, scores = _split_by_phrase(
                 instances.pred_boxes.tensor.detach().numpy(),
                 instances.scores.detach().numpy(),

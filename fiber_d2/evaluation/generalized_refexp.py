@@ -20,7 +20,6 @@ from fiber_d2.evaluation.expressions import (
     ExpressionEvaluator,
     arrays_of,
     match_records,
-    read_ground_truth,
     xywh_corners,
 )
 from fiber_d2.evaluation.overlap import box_overlap
@@ -96,11 +95,6 @@ def parse_generalized_expressions(content: Mapping[str, Any]) -> GeneralizedExpr
         datasets=np.asarray([image.get("dataset_name", "grefexp") for image in images]),
         targets=tuple(xywh_corners(of_image) for of_image in boxes.values()),
     )
-
-
-def read_generalized_expressions(json_file: str | os.PathLike[str]) -> GeneralizedExpressions:
-    """``parse_generalized_expressions`` of a file, with errors that name it."""
-    return read_ground_truth(json_file, parse_generalized_expressions)
 
 
 def answered_boxes(

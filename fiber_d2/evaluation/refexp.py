@@ -16,7 +16,6 @@ from fiber_d2.evaluation.expressions import (
     ExpressionEvaluator,
     arrays_of,
     match_records,
-    read_ground_truth,
     xywh_corners,
 )
 from fiber_d2.evaluation.overlap import first_hit_ranks
@@ -81,11 +80,6 @@ def parse_expressions(content: Mapping[str, Any]) -> Expressions:
             xywh_corners(image["candidates"]) if "candidates" in image else None for image in images
         ),
     )
-
-
-def read_expressions(json_file: str | os.PathLike[str]) -> Expressions:
-    """``parse_expressions`` of a file, with errors that name it."""
-    return read_ground_truth(json_file, parse_expressions)
 
 
 def ranked_predictions(expressions: Expressions, records: Sequence[Record]) -> list[np.ndarray]:

@@ -15,11 +15,12 @@ from tabulate import tabulate
 
 from fiber_d2.data import register_coco_json
 from fiber_d2.evaluation.build import build_evaluator
-from fiber_d2.evaluation.saved import read_records
 from fiber_d2.evaluation.settings import describe_evaluator, library_versions, without_nan
 from fiber_d2.files import save_json
 
 _ERRORS = (ValueError, KeyError, FileNotFoundError, ModuleNotFoundError)
+# Arguments of evaluators that are settled here.
+_SETTLED = ("dataset_name", "output_dir", "distributed")
 
 DESCRIPTION = """Score predictions that an evaluation has saved beside its results.json
 (coco_instances_results.json, flickr_predictions.json, refexp_predictions.json, ...). The numbers
@@ -45,15 +46,16 @@ def score_predictions(
         ValueError: predictions of another data set or form, or an option that there is not.
     """
     given = {"iou_thresh" if key == "iou" else key: x for key, x in (options or {}).items()}
+    for name in given:
+        if name in _SETTLED:
+            raise ValueError(f"The evaluator of {dataset!r} has no option {name!r} here.")
     evaluator = build_evaluator(dataset, distributed=False, **given)
-    if hasattr(evaluator, "score_file"):
-        return evaluator.score_file(predictions), evaluator
-    if hasattr(evaluator, "score"):
-        return evaluator.score(read_records(predictions)), evaluator
-    raise ValueError(
-        f"{type(evaluator).__name__}, the evaluator of {dataset!r}, cannot score a file: it has "
-        "neither score_file(path) nor score(records)."
-    )
+    if not hasattr(evaluator, "score_file"):
+        raise ValueError(
+            f"{type(evaluator).__name__}, the evaluator of {dataset!r}, cannot score a file: it "
+            "has no score_file(path)."
+        )
+    return evaluator.score_file(predictions), evaluator
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
@@ -116,11 +118,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         sys.stderr.write(f"error: {text}\n")
         return 2
-    print(f"{args.dataset}: {protocol['metric']}")
+    sys.stdout.write(f"{args.dataset}: {protocol['metric']}\n")
     for task, numbers in results.items():
-        print(tabulate(numbers.items(), headers=[task, "value"], floatfmt=".4f"))
+        table = tabulate(numbers.items(), headers=[task, "value"], floatfmt=".4f")
+        sys.stdout.write(f"{table}\n")
     if args.output:
-        print(f"Results: {args.output}")
+        sys.stdout.write(f"Results: {args.output}\n")
     return 0
 
 

@@ -139,6 +139,9 @@ def test_mistakes_cost_one_line(evaluated, tmp_path, capsys):
     )
     assert "KEY=VALUE" in error("detection", detections, "--option", "topk")
     assert "it has: legacy_boxes" in error("detection", detections, "--option", "x=1")
+    for name in ("dataset_name", "output_dir", "distributed"):
+        text = error("detection", detections, "--option", f"{name}=1")
+        assert f"has no option '{name}' here" in text
     assert main(["score", "nowhere.json", "--dataset", "shapes_detection_val"]) == 2
     assert "nowhere.json does not exist" in capsys.readouterr().err
     assert main(["score", "nowhere.json", "--dataset", "shapes_detektion_val"]) == 2
