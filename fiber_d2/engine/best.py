@@ -13,7 +13,8 @@ from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
-from .checkpointer import FiberCheckpointer, write_atomically
+from .checkpointer import FiberCheckpointer
+from .durable import write_json
 from .errors import TrainingStopped
 from .hooks import EvaluationHook
 
@@ -151,6 +152,10 @@ class BestCheckpoint(HookBase):
         listeners: called with each finite value, in all processes (plateau schedules).
         on_stop: called in all processes before a stalled training ends, such as to save.
 
+    Attributes:
+        saved: iteration and value of what ``path`` holds; None where there is no such file. After
+            a restart it may be of iterations that are still to be done again.
+
     Raises:
         ValueError: as of :class:`MetricHistory`.
     """
@@ -171,19 +176,12 @@ class BestCheckpoint(HookBase):
         self.listeners = list(listeners)
         self.on_stop = on_stop
         self._checkpointer = checkpointer
-        # What the file of the best checkpoint holds; after a restart it may be of iterations that
-        # are still to be done again.
-        self._saved: tuple[int, float] | None = None
+        self.saved: tuple[int, float] | None = None
 
     @property
     def path(self) -> str:
         """Of the best checkpoint."""
         return os.path.join(self._checkpointer.save_dir, f"{BEST_CHECKPOINT}.pth")
-
-    @property
-    def saved(self) -> tuple[int, float] | None:
-        """Iteration and value of what ``path`` holds; None where there is no such file."""
-        return self._saved
 
     @property
     def stopped(self) -> str:
@@ -239,14 +237,21 @@ class BestCheckpoint(HookBase):
     def finish(self, iteration: int, results: Mapping[str, Any]) -> None:
         """For a run that is resumed when all iterations are done: the last evaluation counts, too.
 
+        Where it is noted already the files stay as they are. (A yaml configuration's trainer runs
+        its hooks even then, which note it anew.)
+
         Args:
             iteration: the last one, whose weights the model has.
             results: of their evaluation, in the main process.
         """
         values = self._recall()
-        if not self._has(iteration):
-            value = values[iteration] if iteration in values else self._value_of(results)
-            self._note(iteration, value)
+        if self._has(iteration):
+            return
+        if iteration in values:
+            # The last checkpoint is older than its evaluation, but the files are not: they stay.
+            self.history.add(iteration, values[iteration])
+        else:
+            self._note(iteration, self._value_of(results))
 
     def _has(self, iteration: int) -> bool:
         return iteration in [known for known, _ in self.history.evaluations]
@@ -266,7 +271,7 @@ class BestCheckpoint(HookBase):
             logger.warning("%s is %s after iteration %d", history.metric, value, iteration)
         if history.add(iteration, value):
             self._checkpointer.save_weights(BEST_CHECKPOINT, iteration=iteration)
-            self._saved = history.best
+            self.saved = history.best
             logger.info("%s: %.4f, the best so far", history.metric, value)
         elif history.best is not None:
             logger.info(
@@ -279,8 +284,7 @@ class BestCheckpoint(HookBase):
                 f", {history.patience} end the training" if history.patience else "",
             )
         if comm.is_main_process():
-            text = json.dumps(self.summary(), indent=2) + "\n"
-            write_atomically(self.json_path, lambda file: file.write(text.encode()))
+            write_json(self.json_path, self.summary())
 
     def summary(self) -> dict[str, Any]:
         """What ``best.json`` holds; numbers that are not finite are None."""
@@ -294,8 +298,8 @@ class BestCheckpoint(HookBase):
             "metric": history.metric,
             "mode": history.mode,
             "patience": history.patience,
-            "checkpoint": os.path.basename(self.path) if self._saved else None,
-            "best": entry(self._saved) if self._saved else None,
+            "checkpoint": os.path.basename(self.path) if self.saved else None,
+            "best": entry(self.saved) if self.saved else None,
             "stopped_early": history.has_enough,
             "evaluations": [entry(pair) for pair in history.evaluations],
         }
@@ -308,7 +312,7 @@ class BestCheckpoint(HookBase):
     def _forget(self) -> None:
         """Begin without what an older run has left in the folder."""
         self.history.restart()
-        self._saved = None
+        self.saved = None
         if comm.is_main_process():
             for path in (self.path, self.json_path):
                 if os.path.exists(path):
@@ -332,7 +336,7 @@ class BestCheckpoint(HookBase):
                 }
                 if content["best"] is not None and os.path.exists(self.path):
                     saved = (content["best"]["iteration"], content["best"]["value"])
-        values, self._saved = comm.all_gather((values, saved))[0]
+        values, self.saved = comm.all_gather((values, saved))[0]
         return values
 
     def state_dict(self) -> dict[str, Any]:

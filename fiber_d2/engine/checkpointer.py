@@ -26,9 +26,6 @@ from fiber_d2.modeling.roberta import PROMPT
 from .durable import DamagedFileError, check_checkpoint, save_verified, write_atomically
 from .ema import EMA_KEY, check_weights
 
-__all__ = ["FiberCheckpointer", "write_atomically"]
-
-
 _NUMBERED = re.compile(r"\w+_\d{7}\.pth")
 
 

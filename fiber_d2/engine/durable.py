@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import zipfile
@@ -74,6 +75,16 @@ def _sync_folder(folder: str) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def write_json(path: str, content: Any) -> None:
+    """Write ``content`` for programs and for people, atomically.
+
+    Raises:
+        PlainRunError: the disk is full.
+    """
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def save_verified(data: dict[str, Any], path: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fiber_d2.evaluation.self_check import self_check
 from fiber_d2.evaluation.settings import without_nan
 
-from .checkpointer import write_atomically
+from .durable import write_json
 from .errors import RunError
 from .inference import is_resumable, run_inference
 from .partial import SavedPredictions
@@ -284,8 +283,7 @@ def _write_results(
 ) -> None:
     log_protocol(protocol)
     path = os.path.join(_folder(output_dir, test_set), "results.json")
-    text = json.dumps({"protocol": protocol, "results": without_nan(found)}, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_json(path, {"protocol": protocol, "results": without_nan(found)})
     logger.info("Results and protocol: %s", path)
 
 

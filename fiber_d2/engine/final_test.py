@@ -17,7 +17,8 @@ from torch import nn
 from fiber_d2.evaluation.settings import without_nan
 
 from .best import BestCheckpoint
-from .checkpointer import FiberCheckpointer, write_atomically
+from .checkpointer import FiberCheckpointer
+from .durable import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ def run_final_test(
 ) -> None:
     """Load the best checkpoint, evaluate it, and note the numbers in ``best.json``.
 
-    What is noted already is not evaluated again. All processes take part.
+    What is noted already is not evaluated again, unless the last evaluation has been noted anew
+    (when a yaml configuration's training is resumed at its end). All processes take part.
 
     Args:
         best: of the training that has ended.
@@ -85,8 +87,7 @@ def run_final_test(
     if comm.is_main_process():
         numbers = {name: flatten_results_dict(dict(results[name])) for name in names}
         content = {**best.summary(), "tested": os.path.basename(path), "test": without_nan(numbers)}
-        text = json.dumps(content, indent=2) + "\n"
-        write_atomically(best.json_path, lambda file: file.write(text.encode()))
+        write_json(best.json_path, content)
         logger.info("The best checkpoint is tested, results are in %s", best.json_path)
     comm.synchronize()
 

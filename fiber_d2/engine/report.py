@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from detectron2.evaluation.testing import flatten_results_dict
 from tabulate import tabulate
 
-from .checkpointer import write_atomically
+from .durable import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +108,7 @@ def write_report(
         content.update({f"best/{key}": value for key, value in summary.best["best"].items()})
         content["best/metric"] = summary.best["metric"]
     path = os.path.join(summary.output_dir, "metrics.json")
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_json(path, content)
     logger.info("Final results\n%s", _table(summary, metrics, found, levels, path, next_steps))
     return content
 

@@ -18,7 +18,7 @@ from detectron2.utils.events import (
     get_event_storage,
 )
 
-from .checkpointer import write_atomically
+from .durable import write_atomically
 
 # Holds the id of the wandb run, so that a resumed training goes on with its curves.
 WANDB_RUN_FILE = "wandb_run.txt"

@@ -229,6 +229,29 @@ def test_a_stopped_run_stays_stopped(tmp_path):
     assert weight(tmp_path / "model_best.pth") == -4
 
 
+@pytest.mark.parametrize("values", [[3.0, 1.0], [1.0, 3.0]])
+def test_a_run_resumed_at_its_end_leaves_the_files_alone(tmp_path, values):
+    """Its last checkpoint is older than the last evaluation, which has been noted all the same."""
+    Run(tmp_path, values).train(2)
+    best, weights = tmp_path / "best.json", tmp_path / "model_best.pth"
+    # The final test adds its own.
+    best.write_text(json.dumps({**json.loads(best.read_text()), "test": {"data": {}}}))
+    before = best.read_text(), weights.stat().st_mtime_ns
+    for _ in range(2):
+        again = Run(tmp_path, values)
+        again.checkpointer.resume_or_load("", resume=True)
+        assert again.best.history.evaluations == [(0, values[0])]
+        again.best.finish(1, {})
+        assert (best.read_text(), weights.stat().st_mtime_ns) == before
+        assert again.best.history.evaluations == list(enumerate(values))
+        assert again.best.saved == again.best.history.best
+    # Where it has not been noted, the results at hand are.
+    best.unlink()
+    again.best.history.restart([(0, values[0])])
+    again.best.finish(1, {"data": {"bbox": {"AP": 9.0}}})
+    assert json.loads(best.read_text())["best"] == {"iteration": 1, "value": 9.0}
+
+
 def test_an_unknown_metric_is_an_error_that_lists_the_known_ones(tmp_path):
     run = Run(tmp_path, [1.0], metric="data/bbox/mAP")
     with pytest.raises(RunError, match=r"'data/bbox/mAP' for train.best.metric; there are: data/b"):

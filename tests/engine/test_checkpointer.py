@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fiber_d2.engine.checkpointer import FiberCheckpointer, write_atomically
+from fiber_d2.engine.checkpointer import FiberCheckpointer
+from fiber_d2.engine.durable import write_atomically
 from fiber_d2.engine.randomness import preserved_random_state, random_state, set_random_state
 
 

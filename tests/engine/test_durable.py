@@ -1,4 +1,5 @@
 import errno
+import json
 import logging
 import os
 
@@ -13,6 +14,7 @@ from fiber_d2.engine.durable import (
     find_disk_full,
     save_verified,
     write_atomically,
+    write_json,
 )
 from fiber_d2.engine.errors import PlainRunError
 
@@ -24,6 +26,14 @@ def sound(tmp_path):
     path = str(tmp_path / "model.pth")
     torch.save(DATA, path)
     return path
+
+
+def test_json_for_programs_and_people(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    write_json(str(path), {"AP": 1.5, "best": None})
+    assert json.loads(path.read_text()) == {"AP": 1.5, "best": None}
+    assert path.read_text().splitlines()[1] == '  "AP": 1.5,'
+    assert path.read_text().endswith("}\n")
 
 
 def test_a_sound_file(sound):

@@ -218,6 +218,26 @@ def test_a_stalled_training_stops_and_stays_stopped(tmp_path, config_file, run):
     assert (tmp_path / "out" / "best.json").read_text() == written
 
 
+def test_a_finished_training_is_tested_once(tmp_path, config_file, run):
+    config_file.write_text(config_file.read_text() + FALLING)
+    arguments = [
+        *("--config-file", config_file, "train.output_dir=out", "train.self_check=false"),
+        *("train.max_iter=4", "train.eval_period=2", "train.start_check=false"),
+        "train.test_best=[shapes_detection_train]",
+        "train.best={metric:shapes_detection_val/bbox/AP}",
+    ]
+    code, _, err = run(*arguments)
+    assert code == 0, err
+    written = (tmp_path / "out" / "best.json").read_text()
+    assert [entry["iteration"] for entry in json.loads(written)["evaluations"]] == [1, 3]
+    for _ in range(2):
+        code, printed, err = run("--resume", *arguments)
+        assert code == 0, err
+        assert "All iterations are done" in printed
+        assert "has been tested before" in printed
+        assert (tmp_path / "out" / "best.json").read_text() == written
+
+
 YAML = """
 MODEL:
   META_ARCHITECTURE: "FIBER"
