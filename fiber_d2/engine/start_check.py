@@ -27,6 +27,7 @@ from fiber_d2.evaluation.saved import some_of
 from fiber_d2.modeling.metrics import collected_metrics
 
 from .check_data import DataReport, check_part
+from .errors import message_of
 from .memory import MemoryEstimate, estimate_memory, in_units, measured_activations
 from .outlook import describe_rates, describe_schedule
 from .randomness import preserved_random_state
@@ -64,7 +65,6 @@ class Trial:
         losses, metrics: their values by name.
         grad_norm: L2 norm of all gradients together.
         without_gradient: names of trainable parameters that no loss depends on.
-        problems: what makes training pointless, in words.
         activations: bytes that the forward pass kept.
         seconds: of both passes.
         image_size: (height, width) of the padded batch.
@@ -74,7 +74,6 @@ class Trial:
     metrics: dict[str, float]
     grad_norm: float = math.nan
     without_gradient: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
     activations: int | None = None
     seconds: float = 0.0
     image_size: tuple[int, int] = (0, 0)
@@ -99,8 +98,7 @@ def start_check(step: Any, loader: Any, plan: RunPlan) -> None:
         reports, batch = _agree(lambda: _check_data(loader))
         trial = None
         if batch:
-            trial = _try_step(step, batch)
-            _agree(lambda: _raise_problems(trial.problems))
+            trial = _agree(lambda: _try_step(step, batch))
     memory = estimate_memory(
         _bare(step.model),
         step.optimizer,
@@ -130,21 +128,18 @@ def start_check(step: Any, loader: Any, plan: RunPlan) -> None:
 
 def _agree(check: Callable[[], Any]) -> Any:
     """The result of ``check``, or the first error of any process as the same one in all."""
-    found, message = None, None
+    found, failure = None, None
     try:
         found = check()
     except (ValueError, KeyError, OSError) as error:
-        message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        failure = error
+    message = None if failure is None else message_of(failure)
     for rank, other in enumerate(comm.all_gather(message)):
         if other is not None:
             where = "" if comm.get_world_size() == 1 else f" (process {rank})"
-            raise ValueError(f"The start-up check failed{where}: {other} ({SKIP_HINT})")
+            text = f"The start-up check failed{where}: {other} ({SKIP_HINT})"
+            raise ValueError(text) from failure
     return found
-
-
-def _raise_problems(problems: Sequence[str]) -> None:
-    if problems:
-        raise ValueError(" ".join(problems))
 
 
 def _check_data(loader: Any) -> tuple[list[DataReport], list[Any]]:
@@ -162,7 +157,11 @@ def _check_data(loader: Any) -> tuple[list[DataReport], list[Any]]:
 
 
 def _try_step(step: Any, batch: Sequence[Any]) -> Trial:
-    """Losses and gradients of a batch. The gradients go nowhere: not to ``grad``, not to others."""
+    """Losses and gradients of a batch. The gradients go nowhere: not to ``grad``, not to others.
+
+    Raises:
+        ValueError: what makes training pointless, or impossible in the memory of the GPU.
+    """
     model = _bare(step.model)
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -180,16 +179,16 @@ def _try_step(step: Any, batch: Sequence[Any]) -> Trial:
     except torch.cuda.OutOfMemoryError as error:
         height, width = _padded_size(batch)
         raise ValueError(
-            f"The start-up check failed: a batch of {len(batch)} images, padded to {height} x "
-            f"{width}, does not fit the memory of the GPU. Lower the batch size (and raise "
-            "train.accumulate), train in mixed precision (train.amp.enabled), or recompute "
-            f"activations (model.backbone.vision.checkpoint and its like). {error}"
+            f"a batch of {len(batch)} images, padded to {height} x {width}, does not fit the "
+            "memory of the GPU. Lower the batch size (and raise train.accumulate), train in mixed "
+            "precision (train.amp.enabled), or recompute activations "
+            f"(model.backbone.vision.checkpoint and its like). {error}"
         ) from error
     trial = Trial(_values(losses), _values(metrics), image_size=_padded_size(batch))
     trial.activations = activations.num_bytes
     known = {name: g for name, g in zip(trainable, gradients) if g is not None}
     trial.without_gradient = [name for name in trainable if name not in known]
-    trial.problems = _problems(trial, known, batch)
+    problems = _problems(trial, known, batch)
     if known:
         norms = torch.stack([g.float().norm() for g in known.values()])
         trial.grad_norm = float(norms.norm())
@@ -201,6 +200,8 @@ def _try_step(step: Any, batch: Sequence[Any]) -> Trial:
         del gradients, known, losses, total
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    if problems:
+        raise ValueError(" ".join(problems))
     return trial
 
 

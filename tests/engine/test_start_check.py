@@ -3,11 +3,13 @@
 import copy
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.utils import comm
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -20,6 +22,7 @@ from fiber_d2.data.captions import DetectionPrompter, SampledDetectionPrompter
 from fiber_d2.data.training_set import TrainingPart
 from fiber_d2.engine import start_check as module
 from fiber_d2.engine.check_data import check_part, check_targets
+from fiber_d2.engine.launch import launch
 from fiber_d2.engine.start_check import RunPlan, start_check
 from fiber_d2.engine.step import StepTrainer
 from fiber_d2.text import build_detection_prompts, build_grounding_prompt, load_tokenizer
@@ -310,6 +313,40 @@ def test_nothing_to_learn():
     step = StepTrainer(model, torch.optim.SGD(model.parameters()))
     with pytest.raises(ValueError, match="no loss depends on a trainable parameter"):
         start_check(step, loader_of(torch.randn(4, 3)), PLAN)
+
+
+def out_of_memory(batch):
+    raise torch.cuda.OutOfMemoryError("Tried to allocate 2 GiB.")
+
+
+def test_a_batch_that_does_not_fit_the_memory():
+    model = Root()
+    model.forward = out_of_memory
+    step = StepTrainer(model, torch.optim.SGD(model.parameters()))
+    with pytest.raises(ValueError, match="a batch of 4 images, padded to 1 x 1, does") as caught:
+        start_check(step, loader_of(torch.randn(4, 3)), PLAN)
+    assert str(caught.value).count("start-up check failed") == 1
+    assert "2 GiB. (--skip-start-check trains" in str(caught.value)
+
+
+def check_where_one_has_less_memory(folder):
+    """In one of two processes."""
+    model = Noisy()
+    if comm.get_rank() == 1:
+        model.forward = out_of_memory
+    step = StepTrainer(model, torch.optim.SGD(model.parameters()))
+    try:
+        start_check(step, loader_of(torch.randn(4, 3)), PLAN)
+    except ValueError as error:
+        Path(folder, f"{comm.get_rank()}.txt").write_text(str(error))
+
+
+@pytest.mark.slow
+def test_processes_stop_together_where_one_has_too_little_memory(tmp_path):
+    launch(check_where_one_has_less_memory, num_processes=2, args=(str(tmp_path),))
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+    assert first.startswith("The start-up check failed (process 1): a batch of 4 images")
 
 
 def test_another_kind_of_loader_is_left_alone(logged):
