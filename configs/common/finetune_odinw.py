@@ -3,10 +3,8 @@
 The set is a field, `data.name`. The length is counted in epochs, since the sets differ in size.
 """
 
-from detectron2.config import LazyCall as L
-
-from fiber_d2.engine.schedules import PlateauSchedule
-
+# Times 0.1 when the fourth validation in a row has brought nothing.
+from .optim import plateau as lr_multiplier  # noqa: F401
 from .pretrain import dataloader, model, optimizer, protocol, train  # noqa: F401
 
 data = dict(
@@ -29,9 +27,6 @@ dataloader.test.dataset = "odinw_${data.name}_${data.validation}"
 
 optimizer.weight_decay = 0.05
 train.weight_decay_schedule = None
-
-# Times 0.1 when the fourth validation in a row has brought nothing.
-lr_multiplier = L(PlateauSchedule)(gamma=0.1, patience=3, min_lr=1e-6, mode="max", warmup_iters=0)
 
 train.tuning = "full"
 train.ema = None

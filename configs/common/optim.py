@@ -60,4 +60,4 @@ published_cosine = L(PublishedCosine)(
     max_iter="${train.max_iter}", warmup_iters=2000, warmup_factor=1e-3, min_lr=1e-6
 )
 
-plateau = L(PlateauSchedule)(gamma=0.1, patience=3, min_lr=1e-6, warmup_iters=0)
+plateau = L(PlateauSchedule)(gamma=0.1, patience=3, min_lr=1e-6, mode="max", warmup_iters=0)

@@ -7,7 +7,7 @@ for words, gradients clipped at norm 1, drop path 0.4, mixed precision, averaged
 from .data import dataloader as _loaders
 from .eval import dataloader, model, protocol, train  # noqa: F401
 from .optim import AdamW as optimizer
-from .optim import multistep as lr_multiplier
+from .optim import multistep as lr_multiplier  # noqa: F401
 
 # As published, the patch embedding and the first stage of the image tower do not learn.
 model.backbone.vision.frozen_stages = 2
@@ -37,8 +37,6 @@ optimizer.lr = 1e-4
 optimizer.weight_decay = 1e-2
 optimizer.params.text_lr_factor = 0.1
 
-lr_multiplier.update(warmup_iters=2000, warmup_factor=1e-3, milestones=[0.67, 0.89], gamma=0.1)
-
 # Falls before the rate does: at 66.7 % of its milestones.
 train.weight_decay_schedule = dict(
     milestones="${lr_multiplier.milestones}", ratio=0.667, gamma="${lr_multiplier.gamma}"
@@ -48,7 +46,7 @@ train.max_iter = 800_000
 train.amp.enabled = True
 train.clip_grad = 1.0
 train.ema = dict(decay=0.999)
-train.scaling = dict(reference_batch_size=64, rule=None)
+train.scaling.reference_batch_size = 64
 train.checkpointer.update(period=2500, max_to_keep=3)
 train.eval_period = 20_000
 train.output_dir = "output/pretrain"

@@ -8,10 +8,7 @@ shapes. The optimisation is ODinW's: the rate drops when the validation no longe
 training stops when it has been below its best eight times in a row. Images have 224 pixels.
 """
 
-from detectron2.config import LazyCall as L
-
-from fiber_d2.engine.schedules import PlateauSchedule
-
+from ..common.optim import plateau as lr_multiplier  # noqa: F401
 from ..quickstart import dataloader, model, optimizer, train  # noqa: F401
 
 SIZE = 224
@@ -34,4 +31,3 @@ dataloader.test.update(tokenizer="${dataloader.train.tokenizer}", batch_size=4)
 dataloader.test.augmentations[0].update(short_edge_length=SIZE, max_size=384)
 
 optimizer.lr = 5e-4
-lr_multiplier = L(PlateauSchedule)(gamma=0.1, patience=3, min_lr=1e-6, mode="max", warmup_iters=0)

@@ -9,7 +9,7 @@ Other than that as odinw_full.py. fiber_d2.engine.fewshot runs several sets, sho
 each once and makes the table.
 """
 
-from ..common.finetune_odinw import (  # noqa: F401
+from .odinw_1shot import (  # noqa: F401
     data,
     dataloader,
     lr_multiplier,
@@ -19,8 +19,6 @@ from ..common.finetune_odinw import (  # noqa: F401
     train,
 )
 
-# Of the choice of images; null takes them in the order of their ids, as the original always did.
-data.seed = 3
 # odinw_${data.name}_train_shot10_seed3 (or 30, 300), with few_shot=0, are the published choices.
-dataloader.train.update(few_shot=10, few_shot_seed="${data.seed}")
+dataloader.train.update(few_shot=10, repeats=[1])
 train.output_dir = "output/odinw/${data.name}/10shot_seed${data.seed}"

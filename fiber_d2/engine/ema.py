@@ -46,8 +46,6 @@ class ModelEma:
             )
         self.model = model
         self.decay = decay
-        self.restored = False
-        self._averages: dict[str, torch.Tensor] = {}
         self.reset()
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from fiber_d2.data.records import (
     load_records,
 )
 
-from .scaling import images_per_step, iterations
+from .scaling import checkpoint_period, images_per_step, iterations
 
 PREPARED, SEEDED, FIRST = "prepared", "seeded", "first"
 AUTO = "auto"
@@ -34,8 +34,6 @@ DEFAULT_METRIC = "bbox/AP"
 # Shots up to which each image is shown so many times in an epoch (the original's 1_200_8,
 # 3_200_4, 5_200_2 and 10_200_1, in its order shots, epochs, copies).
 _COPIES = ((1, 8), (3, 4), (5, 2))
-# Checkpoints of a training, so that an interruption costs a twentieth of it.
-_CHECKPOINTS = 20
 
 
 @dataclass(frozen=True)
@@ -233,7 +231,7 @@ def _plan(
         f"train.seed={seed}",
         f"train.max_iter={max_iter}",
         f"train.eval_period={eval_period}",
-        f"train.checkpointer.period={eval_period * -(-max_iter // (eval_period * _CHECKPOINTS))}",
+        f"train.checkpointer.period={checkpoint_period(max_iter, eval_period)}",
         "train.checkpointer.max_to_keep=1",
         "train.epochs=null",
         "train.eval_epochs=null",

@@ -19,7 +19,7 @@ from typing import Any
 from fiber_d2.checkpoint.files import LAST_CHECKPOINT
 from fiber_d2.files import save_json
 
-from .best import BEST_FILE
+from .best import BEST_CHECKPOINT, BEST_FILE
 from .errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -230,6 +230,6 @@ def _delete_checkpoints(folder: Path, keep: str) -> None:
     if keep == "all":
         return
     for path in folder.glob("model_*.pth"):
-        if keep == "none" or path.stem != "model_best":
+        if keep == "none" or path.stem != BEST_CHECKPOINT:
             path.unlink()
     (folder / LAST_CHECKPOINT).unlink(missing_ok=True)

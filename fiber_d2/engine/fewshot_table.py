@@ -110,12 +110,13 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
         on_val = [value for value in row.get("val", ()) if value is not None]
         cells += [_number(*mean_and_std(on_val)), ", ".join(pairs)]
         body.append(cells)
-    headers = ["shots", "images", "seeds", *(name for name, _ in _SHOWN), "AP on val", "AP by seed"]
+    names = [name for name, _ in _SHOWN]
+    headers = ["shots", "images", "seeds", *names, "best on val", "AP by seed"]
     return tabulate(body, headers=headers, tablefmt="github", disable_numparse=True)
 
 
 def _words(shots: Any) -> str:
-    return {"zero-shot": "zero-shot", "all": "all images"}.get(shots, str(shots))
+    return "all images" if shots == "all" else str(shots)
 
 
 def _span(images: Sequence[int] | None) -> str:

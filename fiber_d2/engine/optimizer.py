@@ -18,7 +18,7 @@ from fiber_d2.checkpoint.names import (
     NameMap,
 )
 
-# Schedules have lived here, too.
+# Schedules have lived here, too: the saved config.yaml of older runs names them here.
 from .schedules import warmup_cosine, warmup_multistep
 
 __all__ = [
@@ -83,14 +83,14 @@ def get_param_groups(
     weight_decay_bias = weight_decay if weight_decay_bias is None else weight_decay_bias
 
     def setting(full_name: str, module: nn.Module) -> tuple[float, float]:
-        lr, decay = base_lr, weight_decay
+        lr = base_lr
         if _below(full_name, text_prefixes):
             lr *= text_lr_factor
         elif _below(full_name, vision_prefixes):
             lr *= vision_lr_factor
         if full_name.rpartition(".")[2] == "bias":
             return lr * bias_lr_factor, weight_decay_bias
-        return lr, weight_decay_norm if isinstance(module, NORM_TYPES) else decay
+        return lr, weight_decay_norm if isinstance(module, NORM_TYPES) else weight_decay
 
     return _merge(model, setting)
 

@@ -11,8 +11,10 @@ from detectron2.solver import LRMultiplier
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
 
+from fiber_d2.checkpoint.names import OUR_ROBERTA, OUR_SWIN
+
 # Beginnings of parameter names and what they are called; all other parameters are the head's.
-_TOWERS = {"backbone.text.": "text", "backbone.swin.": "image"}
+_TOWERS = {OUR_ROBERTA: "text", OUR_SWIN: "image"}
 _HEAD = "head"
 # Points at which a schedule is looked at before the places of its changes are searched for.
 _SAMPLES = 1000

@@ -16,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 logger = logging.getLogger(__name__)
 
-# Of a training whose length is given in epochs: those of small data can be shorter than the time
-# that it takes to write a checkpoint.
-MAX_CHECKPOINTS = 20
+# Of a training whose length is given in epochs, so that an interruption costs a twentieth of it:
+# epochs of small data can be shorter than the time that it takes to write a checkpoint.
+_MAX_CHECKPOINTS = 20
 # Factor of the learning rates by the factor of the batch.
 RULES = {
     # For SGD (arXiv:1706.02677), and what most fine-tunings with AdamW do.
@@ -59,6 +59,11 @@ def iterations(*, epochs: float, num_images: int, batch_size: int) -> int:
             f"{epochs} epochs of {num_images} images in batches of {batch_size} are no training."
         )
     return max(1, math.floor(epochs * num_images / batch_size))
+
+
+def checkpoint_period(max_iter: int, eval_period: int) -> int:
+    """The shortest multiple of ``eval_period`` that makes at most twenty checkpoints."""
+    return eval_period * math.ceil(max_iter / (eval_period * _MAX_CHECKPOINTS))
 
 
 def images_per_step(cfg: DictConfig | CfgNode) -> int:
@@ -219,7 +224,7 @@ def lengths_from_epochs(cfg: DictConfig) -> None:
     if eval_epochs is not None:
         period = iterations(epochs=eval_epochs, num_images=images, batch_size=size)
         train.eval_period = period
-        train.checkpointer.period = period * math.ceil(train.max_iter / (period * MAX_CHECKPOINTS))
+        train.checkpointer.period = checkpoint_period(train.max_iter, period)
     logger.info(
         "%g epochs of %g images, %d per step: %d iterations, evaluation after every %d",
         epochs,

@@ -178,6 +178,10 @@ class _PublishedCosineLR(TorchScheduler):
     def get_lr(self) -> list[float]:
         return [self._schedule.lr(base_lr, self.last_epoch) for base_lr in self.base_lrs]
 
+    def describe(self) -> str:
+        """The schedule in words."""
+        return self._schedule.describe()
+
     def state_dict(self) -> dict[str, Any]:
         return {"base_lrs": self.base_lrs, "last_epoch": self.last_epoch}
 

@@ -136,7 +136,7 @@ def test_published_choices_come_first_where_they_are(registered, tmp_path):
             (t.selection, values(t)["dataloader.train.datasets"], t.num_images) for t in trainings
         ]
 
-    drawn, _ = kinds(selection="seeded")[1], None
+    drawn = kinds(selection="seeded")[1]
     assert kinds() == [("prepared", ["puffins_train_shot1_seed3"], 3), drawn]
     assert drawn[:2] == ("seeded", ["puffins_train"])
     with pytest.raises(FileNotFoundError, match="missing.json does not exist; --selection seeded"):

@@ -5,6 +5,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from torch import nn
 
+from fiber_d2.engine import optimizer, schedules
 from fiber_d2.engine.optimizer import get_param_groups, original_name, published_param_groups
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "common"
@@ -55,6 +56,11 @@ def test_rates_and_decays_by_tower_and_kind():
         "head.weight": (1.0, 0.1),
         "head.bias": (3.0, 0.01),
     }
+
+
+def test_schedules_are_found_where_older_runs_name_them():
+    for name in ("warmup_cosine", "warmup_multistep"):
+        assert getattr(optimizer, name) is getattr(schedules, name)
 
 
 def test_equal_settings_share_one_group():

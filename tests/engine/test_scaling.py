@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from fiber_d2.config import add_fiber_config
 from fiber_d2.engine.overrides import load_config
 from fiber_d2.engine.scaling import (
+    checkpoint_period,
     images_per_step,
     iterations,
     lengths_from_epochs,
@@ -201,6 +202,14 @@ def test_iterations(epochs, images, batch, expected):
 def test_no_iterations():
     with pytest.raises(ValueError, match="0 epochs of 5 images"):
         iterations(epochs=0, num_images=5, batch_size=1)
+
+
+@given(max_iter=st.integers(1, 10**7), eval_period=st.integers(1, 10**5))
+def test_at_most_twenty_checkpoints(max_iter, eval_period):
+    period = checkpoint_period(max_iter, eval_period)
+    assert period % eval_period == 0
+    assert max_iter // period <= 20
+    assert period == eval_period or max_iter > (period - eval_period) * 20
 
 
 @pytest.fixture

@@ -7,8 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fiber_d2.engine.optimizer import warmup_cosine, warmup_multistep
-from fiber_d2.engine.schedules import PlateauSchedule, PublishedCosine, milestone_iterations
+from fiber_d2.engine.schedules import (
+    PlateauSchedule,
+    PublishedCosine,
+    milestone_iterations,
+    warmup_cosine,
+    warmup_multistep,
+)
 
 
 def make_optimizer(*rates):
@@ -102,6 +107,15 @@ def test_the_published_cosine_has_one_floor_for_all_groups():
         group["initial_lr"] = group["lr"]
     schedule.attach(later, last_iter=44)
     assert rates_of(later) == found[45]
+
+
+@pytest.mark.parametrize(
+    "schedule", [PublishedCosine(max_iter=100, warmup_iters=20), PlateauSchedule(warmup_iters=20)]
+)
+def test_what_is_attached_is_described_as_its_schedule(schedule):
+    text = schedule.attach(make_optimizer(1.0)).describe()
+    assert text == schedule.describe()
+    assert text.startswith("warm-up of 20 iterations from x0.001; ")
 
 
 def test_plateau_drops_after_patience_and_one_more():

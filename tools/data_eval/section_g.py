@@ -174,7 +174,7 @@ def _check_groups(section: Section, case: dict[str, Any]) -> None:
     section.equal("optimizer", type(optimizer).__name__, case["optimizer"])
     for name in ("betas", "eps", "amsgrad"):
         if case.get(name) is not None and name in optimizer.defaults:
-            section.equal(name, list(_listed(optimizer.defaults[name])), _listed(case[name]))
+            section.equal(name, _listed(optimizer.defaults[name]), _listed(case[name]))
     clip = case["clip_value"] if case["full_model_clipping"] else None
     section.equal("limit of the gradients' norm", cfg.train.clip_grad, clip)
 
@@ -228,7 +228,7 @@ def _optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
