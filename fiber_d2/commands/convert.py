@@ -1,9 +1,10 @@
-"""Convert checkpoints between the original FIBER's names and ours, or make one to start from.
+"""Convert checkpoints and configurations of the original FIBER, or make one to start from.
 
     fiber-d2 convert from-fiber ORIGINAL.pth OUT.pth [--ema]
     fiber-d2 convert to-fiber OURS.pth OUT.pth [--like ORIGINAL.pth]
     fiber-d2 convert initialize OUT.pth --config-file C [--swin F] [--roberta F]
                                         [--fiber F] [key=value ...]
+    fiber-d2 convert config BASE.yaml [TASK.yaml ...] [--output RECIPE.py] [KEY VALUE ...]
 
 `python tools/convert_checkpoint.py` is the same. The output is complete or absent. Exit status 2
 and one message if something is wrong.
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fiber_d2 import original_config
 from fiber_d2.checkpoint import (
     convert_fiber_state_dict,
     export_fiber_state_dict,
@@ -112,11 +114,17 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "opts", nargs="*", metavar="key=value", help="changes of the configuration"
     )
     command.set_defaults(function=initialize)
+
+    # It reads its own arguments, see main().
+    commands.add_parser("config", help="the original's yaml files to a recipe", add_help=False)
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """The program of `tools/convert_checkpoint.py` and `fiber-d2 convert`; its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["config"]:
+        return original_config.main(argv[1:], f"{prog or 'convert_checkpoint'} config")
     args = build_parser(prog).parse_args(argv)
     try:
         weights = args.function(args)
