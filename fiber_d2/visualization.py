@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from transformers import PreTrainedTokenizerBase
 
+from fiber_d2.colors import PALETTE, WordColors
 from fiber_d2.drawing import contact_sheet, draw_found, draw_record, save_png
 from fiber_d2.structures import Prompt
 from fiber_d2.text import clean_name
 
 __all__ = [
     "PredictionDrawer",
+    "WordColors",
+    "colors_of_records",
     "contact_sheet",
     "draw_found",
     "draw_predictions",
@@ -84,26 +87,36 @@ def ground_truth_of(record: Mapping[str, Any], metadata: Any) -> GroundTruth:
     Raises:
         ValueError: for another kind of ``ground_truth``.
     """
-    kind = metadata.get("ground_truth")
     boxes, words = [], []
     for annotation in record.get("annotations", ()):
         if annotation.get("iscrowd", 0):
             continue
-        if kind == "detection":
-            named = [clean_name(metadata.thing_classes[annotation["category_id"]]).strip()]
-        elif kind == "grounding":
-            named = [_text_of(record["caption"], spans) for spans in _phrases(record, annotation)]
-        elif kind == "refexp":
-            named = [record["caption"]]
-        else:
-            raise ValueError(
-                f"ground_truth in the metadata of {metadata.get('name')!r} is {kind!r}; it must be "
-                "'detection', 'grounding' or 'refexp'."
-            )
+        named = _words_of(record, annotation, metadata)
         box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         boxes += [box] * len(named)
         words += named
     return np.asarray(boxes, dtype=np.float64).reshape(-1, 4), words
+
+
+def colors_of_records(records: Iterable[Mapping[str, Any]], metadata: Any) -> WordColors:
+    """Colours for all pictures of a data set: words of one image differ, a word keeps its own.
+
+    Args:
+        records, metadata: see :func:`ground_truth_of`.
+    """
+    groups = [
+        {
+            word
+            for annotation in record.get("annotations", ())
+            for word in _words_of(record, annotation, metadata)
+        }
+        for record in records
+    ]
+    classes = metadata.get("thing_classes") or ()
+    if metadata.get("ground_truth") == "detection" and len(classes) <= len(PALETTE):
+        # Then predictions of classes that are not in the image differ, too.
+        groups.append({clean_name(name).strip() for name in classes})
+    return WordColors(groups)
 
 
 def draw_predictions(
@@ -114,6 +127,7 @@ def draw_predictions(
     tokenizer: PreTrainedTokenizerBase,
     score_thresh: float = 0.4,
     max_boxes: int = 30,
+    colors: WordColors | None = None,
 ) -> list[np.ndarray]:
     """One picture for each image of a batch.
 
@@ -127,7 +141,9 @@ def draw_predictions(
         tokenizer: the one the prompts were made with.
         score_thresh: scores are in 0..1.
         max_boxes: no more than this many boxes, the best.
+        colors: of words that appear in further pictures, too; by default those of these.
     """
+    colors = colors or WordColors(words for _, words in ground_truth)
     pictures = []
     for item, output, (gt_boxes, gt_words) in zip(inputs, outputs, ground_truth):
         image = item["image"].permute(1, 2, 0).flip(-1).cpu().numpy()
@@ -158,6 +174,7 @@ def draw_predictions(
                 [words.get(target, f"target {target}") for target in shown.pred_classes.tolist()],
                 shown.scores.tolist(),
                 caption=item["caption"] if has_caption else " ".join(p.text for p in prompts),
+                colors=colors,
             )
         )
     return pictures
@@ -174,6 +191,7 @@ class PredictionDrawer:
         limit: number of images.
         tokenizer: the one the prompts were made with.
         score_thresh: lowest score of a box of a detection picture.
+        colors: of words that appear in several pictures.
     """
 
     def __init__(
@@ -183,11 +201,13 @@ class PredictionDrawer:
         *,
         tokenizer: PreTrainedTokenizerBase,
         score_thresh: float = 0.4,
+        colors: WordColors | None = None,
     ) -> None:
         self._output_dir = Path(output_dir)
         self._limit = limit if comm.is_main_process() else 0
         self._tokenizer = tokenizer
         self._score_thresh = score_thresh
+        self._colors = colors or WordColors()
         self._pictures: list[tuple[str, np.ndarray]] = []
         self._drawn: Counter[str] = Counter()
 
@@ -214,6 +234,7 @@ class PredictionDrawer:
                 [truth],
                 tokenizer=self._tokenizer,
                 score_thresh=self._score_thresh,
+                colors=self._colors,
             )
             name = re.sub(r"[^\w.-]+", "_", str(item["image_id"]))
             self._pictures.append((f"{len(self._pictures):03d}_{name}.png", picture))
@@ -228,6 +249,20 @@ class PredictionDrawer:
         paths.append(self._output_dir / "contact_sheet.png")
         save_png(paths[-1], contact_sheet([picture for _, picture in self._pictures]))
         return paths
+
+
+def _words_of(record: Mapping[str, Any], annotation: Mapping[str, Any], metadata: Any) -> list[str]:
+    kind = metadata.get("ground_truth")
+    if kind == "detection":
+        return [clean_name(metadata.thing_classes[annotation["category_id"]]).strip()]
+    if kind == "grounding":
+        return [_text_of(record["caption"], spans) for spans in _phrases(record, annotation)]
+    if kind == "refexp":
+        return [record["caption"]]
+    raise ValueError(
+        f"ground_truth in the metadata of {metadata.get('name')!r} is {kind!r}; it must be "
+        "'detection', 'grounding' or 'refexp'."
+    )
 
 
 def _phrases(

@@ -7,11 +7,13 @@ import torch
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
-from fiber_d2.drawing import _label_spot
 from fiber_d2.text import build_detection_prompts, build_grounding_prompt, load_tokenizer
 from fiber_d2.visualization import (
     PredictionDrawer,
+    WordColors,
+    colors_of_records,
     contact_sheet,
+    draw_found,
     draw_predictions,
     draw_record,
     ground_truth_of,
@@ -164,6 +166,43 @@ def test_same_words_have_the_same_colour_on_both_sides():
     assert (first != second).any() and (first != 90).any() and (second != 90).any()
 
 
+def test_words_of_a_data_set_keep_their_colours():
+    def record(*classes):
+        box = {"bbox": [1, 2, 10, 20], "bbox_mode": BoxMode.XYXY_ABS}
+        return {"annotations": [{**box, "category_id": i} for i in classes]}
+
+    names = [f"class_{number}" for number in range(60)]
+    rng = np.random.default_rng(0)
+    records = [record(*rng.choice(60, 6, replace=False)) for _ in range(20)]
+    metadata = _Metadata(ground_truth="detection", thing_classes=names)
+    colors = colors_of_records(records, metadata)
+    everywhere = colors.of([name.replace("_", " ") for name in names])
+    for one in records:
+        words = ground_truth_of(one, metadata)[1]
+        assert colors.of(words) == {word: everywhere[word] for word in words}
+        assert len(set(colors.of(words).values())) == 6
+    few = _Metadata(ground_truth="detection", thing_classes=names[:16])
+    assert (
+        len({*colors_of_records([], few).of([n.replace("_", " ") for n in names[:16]]).values()})
+        == 16
+    )
+
+
+@pytest.mark.parametrize("side", [64, 300, 4000])
+def test_pictures_of_the_images_own_size(side):
+    image = np.full((side, side // 2, 3), 90, np.uint8)
+    boxes = [[side * 0.1, side * 0.2, side * 0.4, side * 0.9]]
+    picture = draw_found(image, boxes, ["a cat"], [0.5], caption="a cat " * 100, panel_side=None)
+    # At least as large as labels need.
+    assert max(side, 448) < picture.shape[0] < 1.4 * max(side, 448)
+    color = WordColors().of(["a cat"])["a cat"]
+    found = (picture == color).all(axis=2).any(axis=0)
+    x1, x2 = np.flatnonzero(found)[[0, -1]]
+    scale = max(side, 448) / side
+    assert abs(x1 - (10 + 0.1 * side * scale)) < 0.02 * side * scale + 3
+    assert abs(x2 - (10 + 0.4 * side * scale)) < 0.02 * side * scale + 3
+
+
 def test_captions_and_extreme_shapes_fit():
     wide, tall = np.zeros((8, 400, 3), np.uint8), np.zeros((400, 8, 3), np.uint8)
     for image in (wide, tall):
@@ -181,16 +220,6 @@ def test_unequal_counts_are_an_error():
     for arguments in ((box, [], [], []), ([], [], box, []), ([], [], box, ["a"], [0.1, 0.2])):
         with pytest.raises(ValueError, match="Every box needs its words"):
             draw_record(image, *arguments)
-
-
-def test_labels_avoid_each_other_and_stay_inside():
-    placed = np.zeros((0, 4))
-    for _ in range(4):
-        spot = _label_spot(np.array([30.0, 0.0, 70.0, 40.0]), (30, 10), (100, 100), placed)
-        assert (spot >= 0).all() and (spot <= 100).all()
-        apart = (placed[:, :2] >= spot[2:]) | (placed[:, 2:] <= spot[:2])
-        assert apart.any(axis=1).all()
-        placed = np.concatenate([placed, spot[None]])
 
 
 def test_contact_sheet_holds_every_picture():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,12 @@ from fiber_d2.drawing import contact_sheet, draw_record, save_png
 from fiber_d2.evaluation.overlap import box_overlap
 from fiber_d2.structures import Prompt
 from fiber_d2.text import load_tokenizer
-from fiber_d2.visualization import PredictionDrawer, ground_truth_of, prompt_words
+from fiber_d2.visualization import (
+    PredictionDrawer,
+    colors_of_records,
+    ground_truth_of,
+    prompt_words,
+)
 
 OVERVIEW_CELL_WIDTH = 480
 SPREAD, BEST_WORST = "spread", "best_worst"
@@ -36,6 +41,10 @@ _FOUND_IOU = 0.5
 # Wrong boxes are drawn from this score on.
 _SHOWN_SCORE = 0.4
 _MAX_WRONG = 10
+# Pictures of a data set that TensorBoard gets one by one, besides their sheet.
+_SINGLE_PICTURES = 4
+# Of a file name: its number, with what it is the best or the worst of.
+_TAG = re.compile(r"((?:[a-z]+_)?\d+)_")
 
 Batch = Sequence[Mapping[str, Any]]
 
@@ -57,11 +66,14 @@ class PictureEvaluator(DatasetEvaluator):
         records = DatasetCatalog.get(dataset)
         self._records = {record["image_id"]: record for record in records}
         self._metadata = _with_kind(dataset, ground_truth_kind(dataset, records))
+        self._colors = colors_of_records(records, self._metadata)
         self.paths: list[Path] = []
         self.reset()
 
     def reset(self) -> None:
-        self._drawer = PredictionDrawer(self._output_dir, self._limit, tokenizer=self._tokenizer)
+        self._drawer = PredictionDrawer(
+            self._output_dir, self._limit, tokenizer=self._tokenizer, colors=self._colors
+        )
 
     def process(self, inputs: Batch, outputs: Sequence[Mapping[str, Any]]) -> None:
         if self._drawer.full:
@@ -80,15 +92,29 @@ class PictureEvaluator(DatasetEvaluator):
         self.paths = self._drawer.finish()
 
     def show(self, storage: EventStorage, name: str) -> None:
-        """Hand the contact sheet to TensorBoard under ``name``."""
-        if self.paths:
-            storage.put_image(name, _sheet_of(self.paths).transpose(2, 0, 1))
+        """Hand the contact sheet to TensorBoard as ``name``, and some pictures, large enough to
+        be looked at one by one, as ``name/<which>``."""
+        for tag, image in self._images(name):
+            storage.put_image(tag, image.transpose(2, 0, 1))
 
     def log_to(self, folder: str, name: str) -> None:
-        """Write the contact sheet as a TensorBoard image, where no training does it."""
+        """Write the same images for TensorBoard, where no training does it."""
         if self.paths:
             with SummaryWriter(folder) as writer:
-                writer.add_image(name, _sheet_of(self.paths), dataformats="HWC")
+                for tag, image in self._images(name):
+                    writer.add_image(tag, image, dataformats="HWC")
+
+    def _images(self, name: str) -> Iterator[tuple[str, np.ndarray]]:
+        if not self.paths:
+            return
+        yield name, _read(self.paths[-1])
+        for path in self._singles():
+            # Which picture, not which image: a tag stays one row, whatever is in it later.
+            yield f"{name}/{_TAG.match(path.name).group(1)}", _read(path)
+
+    def _singles(self) -> list[Path]:
+        """Pictures that are shown one by one, besides the sheet."""
+        return self.paths[:-1][:_SINGLE_PICTURES]
 
 
 @dataclass(frozen=True)
@@ -247,6 +273,10 @@ class BestWorstPictures(PictureEvaluator):
         self.paths.append(Path(self._output_dir, "contact_sheet.png"))
         save_png(self.paths[-1], contact_sheet(pictures))
 
+    def _singles(self) -> list[Path]:
+        by_kind = [[p for p in self.paths if p.name.startswith(k)] for k in ("worst_", "best_")]
+        return [path for paths in by_kind for path in paths[: _SINGLE_PICTURES // 2]]
+
     def _draw(self, match: Match) -> np.ndarray:
         record = self._records[match.image_id]
         image = read_image(record, "RGB")
@@ -266,6 +296,7 @@ class BestWorstPictures(PictureEvaluator):
             [words.get(target, f"target {target}") for target in shown.pred_classes.tolist()],
             shown.scores.tolist(),
             caption=f"[{match.quality:.2f}, {num_found} of {len(boxes)} found] {match.caption}",
+            colors=self._colors,
         )
 
 
@@ -302,8 +333,7 @@ def write_overview(output_dir: str, drawn: Sequence[PictureEvaluator]) -> Path |
     pictures = []
     for evaluator in drawn:
         for path in evaluator.paths[:-1]:  # the last one is the set's own sheet
-            with Image.open(path) as picture:
-                pictures.append(np.asarray(picture.convert("RGB")))
+            pictures.append(_read(path))
     if not pictures:
         return None
     path = Path(output_dir, "pictures", "contact_sheet.png")
@@ -332,9 +362,9 @@ def make_picture_evaluators(
     return [draw(dataset, tokenizer, output_dir=folder, limit=limit)]
 
 
-def _sheet_of(paths: Sequence[Path]) -> np.ndarray:
-    with Image.open(paths[-1]) as sheet:
-        return np.array(sheet.convert("RGB"))
+def _read(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.array(picture.convert("RGB"))
 
 
 def _with_kind(dataset: str, kind: str) -> Metadata:

@@ -1,3 +1,4 @@
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.events import EventStorage
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -160,7 +162,41 @@ def test_the_best_and_the_worst_images(pictured, tmp_path, with_pixels):
     evaluator.log_to(str(tmp_path / "tensorboard"), "sheet")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert events.Tags()["images"] == ["sheet"]
+    # The sheet, and the two worst and the two best pictures by themselves.
+    singles = ["worst_000", "worst_001", "best_000", "best_001"]
+    assert events.Tags()["images"] == ["sheet", *(f"sheet/{single}" for single in singles)]
+    for single, name in zip(singles, names):
+        (event,) = events.Images(f"sheet/{single}")
+        with Image.open(folder / name) as picture:
+            assert (event.width, event.height) == picture.size
+            shown = Image.open(io.BytesIO(event.encoded_image_string))
+            assert (np.asarray(shown) == np.asarray(picture)).all()
+
+
+@pytest.mark.parametrize("limit", [2, 5])
+def test_a_training_gets_a_few_single_pictures(pictured, tmp_path, limit):
+    names, evaluator = drawn_names(pictured, tmp_path, "spread", limit)
+    assert len(names) == limit + 1
+    with EventStorage(7) as storage:
+        evaluator.show(storage, "set/pictures")
+    shown = [f"set/pictures/{number:03d}" for number in range(min(limit, 4))]
+    assert [tag for tag, _, _ in storage._vis_data] == ["set/pictures", *shown]
+    for (_, image, iteration), name in zip(storage._vis_data[1:], names):
+        assert iteration == 7
+        with Image.open(tmp_path / "pictures" / pictured[0] / name) as picture:
+            assert (image.transpose(1, 2, 0) == np.asarray(picture)).all()
+
+
+def test_a_class_has_one_colour_in_all_pictures_of_a_data_set(pictured, tmp_path):
+    _, evaluator = drawn_names(pictured, tmp_path, "best_worst", 2)
+    colors = evaluator._colors.of(["cat", "red dog"])
+    assert len(set(colors.values())) == 2
+    for number in (0, 2):
+        (path,) = (tmp_path / "pictures" / pictured[0]).glob(f"*_{number}.png")
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture)
+        assert (pixels == colors["red dog"]).all(axis=2).sum() > 500
+        assert not (pixels == colors["cat"]).all(axis=2).any()
 
 
 def test_many_images_keep_the_extremes_only(pictured, tmp_path):

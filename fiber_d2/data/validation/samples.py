@@ -37,7 +37,13 @@ def draw_samples(
         the paths, the contact sheet last; none where no image can be read.
     """
     # Drawing needs matplotlib, which validation does not.
-    from fiber_d2.visualization import contact_sheet, draw_record, ground_truth_of, save_png
+    from fiber_d2.visualization import (
+        WordColors,
+        contact_sheet,
+        draw_record,
+        ground_truth_of,
+        save_png,
+    )
 
     class_ids = {class_id: index for index, (class_id, _) in enumerate(contents.classes)}
     metadata = Metadata(
@@ -48,7 +54,7 @@ def draw_samples(
     drawable: Sequence[int] = ()
     if source.records is None:  # records are slow to read
         drawable = [index for index, item in enumerate(contents.items) if item.annotations]
-    pictures: list[tuple[str, np.ndarray]] = []
+    samples: list[tuple[str, np.ndarray, np.ndarray, list[str], str]] = []
     for item in _spread(contents, drawable or range(len(contents.images)), count):
         task = locate(item.image, source)
         if not isinstance(task, ImageTask):
@@ -60,10 +66,14 @@ def draw_samples(
         boxes, words = ground_truth_of(_drawable_record(item, source.kind, class_ids), metadata)
         caption = item.image["caption"] if is_text(item.image.get("caption")) else ""
         name = re.sub(r"[^\w.-]+", "_", str(item.image["id"]))[:100]
-        picture = draw_record(image, boxes, words, caption=caption)
-        pictures.append((f"{len(pictures):03d}_{name}.png", picture))
-    if not pictures:
+        samples.append((f"{len(samples):03d}_{name}.png", image, boxes, words, caption))
+    if not samples:
         return []
+    colors = WordColors(words for *_, words, _ in samples)
+    pictures = [
+        (name, draw_record(image, boxes, words, caption=caption, colors=colors))
+        for name, image, boxes, words, caption in samples
+    ]
     paths = [Path(output_dir) / name for name, _ in pictures]
     for path, (_, picture) in zip(paths, pictures):
         save_png(path, picture)
