@@ -2,8 +2,8 @@
 
 The model specification, section 2.
 
-Letters: B images, P image-caption pairs, H x W tokens of a stage, C its width, N tokens of a
-window, T text tokens. Token maps are channel-last, ``(B, H, W, C)``.
+Letters: B images, P image-caption pairs, H x W tokens of a stage, C its width, T text tokens.
+Token maps are channel-last, ``(B, H, W, C)``.
 """
 
 from __future__ import annotations
@@ -17,46 +17,16 @@ from torch import nn
 
 from fiber_d2.layers import LayerNorm, call_block
 
+from .windows import shift_regions, window_attention, window_partition, window_reverse
+
 NORM_EPS = 1e-5
 
 
-def window_partition(x: torch.Tensor, window: int) -> torch.Tensor:
-    """``(B, H, W, C)`` with H and W multiples of ``window`` to ``(B, windows, N, C)``."""
-    batch, height, width, channels = x.shape
-    x = x.view(batch, height // window, window, width // window, window, channels)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(batch, -1, window * window, channels)
-
-
-def window_reverse(x: torch.Tensor, window: int, height: int, width: int) -> torch.Tensor:
-    """Inverse of :func:`window_partition`."""
-    batch, _, _, channels = x.shape
-    x = x.view(batch, height // window, width // window, window, window, channels)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(batch, height, width, channels)
-
-
-def shifted_window_mask(
-    height: int, width: int, window: int, shift: int, device: torch.device
-) -> torch.Tensor:
-    """Additive mask ``(windows, N, N)``: -100 between regions that only the shift made neighbours.
-
-    ``height`` and ``width`` are those of the padded map. The mask exists also when the map is a
-    single window, as in the original.
-    """
-
-    def regions(size: int) -> torch.Tensor:
-        position = torch.arange(size, device=device)
-        return (position >= size - window).int() + (position >= size - shift).int()
-
-    label = regions(height)[:, None] * 3 + regions(width)[None, :]
-    label = window_partition(label[None, :, :, None], window)[0, :, :, 0]  # (windows, N)
-    return (label[:, :, None] != label[:, None, :]).float() * -100.0
-
-
 class TextToWindowAttention(nn.Module):
-    """Image side of the exchange: window tokens read the caption.
+    """Image side of the exchange: image tokens read the caption.
 
-    ``x + alpha * proj(attention(query(x), key(text), value(text)))``; every window reads the same
-    text, so keys and values are computed once per pair.
+    ``x + alpha * proj(attention(query(x), key(text), value(text)))``; every token reads the whole
+    text, so windows play no part in it.
 
     Args:
         dim: width C of the image tokens.
@@ -78,21 +48,28 @@ class TextToWindowAttention(nn.Module):
         self.alpha = nn.Parameter(torch.full((1,), float(alpha_init)))
 
     def forward(self, x: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
-        """``x`` (P, windows, N, C), ``text`` (P, T, D), ``text_mask`` bool (P, T) -> like ``x``."""
-        pairs, windows, tokens, dim = x.shape
-        heads = self.num_heads
-        query = self.query(self.norm(x)).view(pairs, windows * tokens, heads, dim // heads)
-        key_value = self.key_value(text).view(pairs, -1, 2, heads, dim // heads)
-        key, value = key_value.permute(2, 0, 3, 1, 4)  # each (P, heads, T, d)
+        """``x`` (P, H, W, C), ``text`` (P, T, D), ``text_mask`` bool (P, T) -> like ``x``."""
+        query = self.query(self.norm(x)).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
+        key_value = self.key_value(text).unflatten(-1, (2, self.num_heads, -1))
+        key, value = key_value.permute(2, 0, 3, 1, 4)  # each (P, heads, T, C/heads)
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2), key, value, attn_mask=text_mask[:, None, None, :]
         )
-        attended = attended.transpose(1, 2).reshape(pairs, windows, tokens, dim)
+        attended = attended.transpose(1, 2).flatten(2).view(x.shape)
         return x + self.alpha * self.proj(attended)
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention within windows, with relative position bias."""
+    """Multi-head self-attention within (shifted) windows, with relative position bias.
+
+    Args:
+        dim: width C.
+        window: window side in tokens, kept also on smaller maps.
+        shift: cyclic shift in tokens, 0 for none.
+        num_heads: attention heads.
+        text_attention: what the result goes through in fused blocks, None for image-only ones.
+        position_bias_std: of the initial relative position biases.
+    """
 
     relative_position_index: torch.Tensor
 
@@ -101,14 +78,15 @@ class WindowAttention(nn.Module):
         *,
         dim: int,
         window: int,
+        shift: int,
         num_heads: int,
         text_attention: nn.Module | None,
         position_bias_std: float,
     ) -> None:
         super().__init__()
         self.window = window
+        self.shift = shift
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
         self.relative_position_bias_table = nn.Parameter(
             torch.zeros((2 * window - 1) ** 2, num_heads)
         )
@@ -125,27 +103,30 @@ class WindowAttention(nn.Module):
         bound = 9 * position_bias_std
         trunc_normal_(self.relative_position_bias_table, std=position_bias_std, a=-bound, b=bound)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        shift_mask: torch.Tensor | None,
-        text: torch.Tensor | None,
-        text_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """``x`` (P, windows, N, C); ``shift_mask`` (windows, N, N) or None -> like ``x``."""
-        pairs, windows, tokens, dim = x.shape
-        qkv = self.qkv(x).view(pairs, windows, tokens, 3, self.num_heads, dim // self.num_heads)
-        query, key, value = qkv.permute(3, 0, 1, 4, 2, 5)  # each (P, windows, heads, N, d)
+    def position_bias(self) -> torch.Tensor:
+        """What is added to the scores of every window, ``(heads, N, N)``."""
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        bias = bias.view(tokens, tokens, self.num_heads).permute(2, 0, 1)
-        scores = (query * self.scale) @ key.transpose(-2, -1) + bias
-        if shift_mask is not None:
-            scores = scores + shift_mask[:, None]
-        attended = scores.float().softmax(dim=-1).to(value.dtype) @ value
-        x = self.proj(attended.transpose(2, 3).reshape(pairs, windows, tokens, dim))
-        if self.text_attention is not None:
-            x = self.text_attention(x, text, text_mask)
-        return x
+        return bias.t().unflatten(1, self.relative_position_index.shape).contiguous()
+
+    def forward(
+        self, x: torch.Tensor, text: torch.Tensor | None, text_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``x`` (P, H, W, C), ``text`` (P, T, D), ``text_mask`` bool (P, T) -> like ``x``."""
+        height, width = x.shape[1:3]
+        window, shift = self.window, self.shift
+        # Padding takes part in the attention: it is not masked.
+        x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
+        if shift:
+            x = torch.roll(x, (-shift, -shift), dims=(1, 2))
+        x = window_partition(x, window)
+        regions = shift_regions(*x.shape[1:3], window, shift, x.device) if shift else None
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        x = window_reverse(window_attention(qkv, self.position_bias(), regions), window)
+        if shift:
+            x = torch.roll(x, (shift, shift), dims=(1, 2))
+        # What follows is done token by token, so padding is of no more use.
+        x = self.proj(x[:, :height, :width])
+        return x if self.text_attention is None else self.text_attention(x, text, text_mask)
 
 
 class SwinBlock(nn.Module):
@@ -176,12 +157,11 @@ class SwinBlock(nn.Module):
         position_bias_std: float = 0.02,
     ) -> None:
         super().__init__()
-        self.window = window
-        self.shift = shift
         self.norm1 = LayerNorm(dim, eps=NORM_EPS)
         self.attn = WindowAttention(
             dim=dim,
             window=window,
+            shift=shift,
             num_heads=num_heads,
             text_attention=text_attention,
             position_bias_std=position_bias_std,
@@ -197,21 +177,7 @@ class SwinBlock(nn.Module):
         text_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``x`` (P, H, W, C), ``text`` (P, T, D), ``text_mask`` bool (P, T) -> like ``x``."""
-        height, width = x.shape[1:3]
-        window, shift = self.window, self.shift
-        shortcut = x
-        # Padding is zeros after the norm and takes part in the attention (not masked).
-        x = F.pad(self.norm1(x), (0, 0, 0, -width % window, 0, -height % window))
-        padded_h, padded_w = x.shape[1:3]
-        mask = None
-        if shift:
-            x = torch.roll(x, (-shift, -shift), dims=(1, 2))
-            mask = shifted_window_mask(padded_h, padded_w, window, shift, x.device).to(x.dtype)
-        x = self.attn(window_partition(x, window), mask, text, text_mask)
-        x = window_reverse(x, window, padded_h, padded_w)
-        if shift:
-            x = torch.roll(x, (shift, shift), dims=(1, 2))
-        x = shortcut + self.drop_path(x[:, :height, :width])
+        x = x + self.drop_path(self.attn(self.norm1(x), text, text_mask))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
