@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -64,19 +64,15 @@ def draw_record(
     scale = side / max(image_rgb.shape[:2])
     panel = fit_panel(image_rgb, side)
     none = [""] * len(gt_boxes)
-    halves = {
-        f"ground truth ({len(gt_boxes)})": draw_boxes(
-            panel, gt_boxes * scale, gt_words, none, chosen
-        )
-    }
+    truth = draw_boxes(panel, gt_boxes * scale, gt_words, none, chosen)
+    halves = [(f"ground truth ({len(gt_boxes)})", truth)]
     if pred_boxes is not None:
         pred_boxes = np.asarray(pred_boxes, dtype=np.float64).reshape(-1, 4)
         notes = [""] * len(pred_boxes)
         if pred_scores is not None:
             notes = [f"{score:.2f}" for score in pred_scores]
-        halves[f"predicted ({len(pred_boxes)})"] = draw_boxes(
-            panel, pred_boxes * scale, pred_words, notes, chosen
-        )
+        found = draw_boxes(panel, pred_boxes * scale, pred_words, notes, chosen)
+        halves.append((f"predicted ({len(pred_boxes)})", found))
     return compose(halves, caption)
 
 
@@ -115,7 +111,7 @@ def draw_found(
     scale = side / max(image_rgb.shape[:2])
     notes = [f"{score:.2f}" for score in scores]
     panel = draw_boxes(fit_panel(image_rgb, side), boxes * scale, words, notes, colors)
-    return compose({f"found ({len(boxes)})": panel}, caption)
+    return compose([(f"found ({len(boxes)})", panel)], caption)
 
 
 def contact_sheet(
@@ -167,15 +163,17 @@ def fit_panel(image: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(panel)
 
 
-def compose(panels: Mapping[str, np.ndarray], caption: str, *, columns: int = 0) -> np.ndarray:
+def compose(
+    panels: Sequence[tuple[str, np.ndarray]], caption: str, *, columns: int = 0
+) -> np.ndarray:
     """Panels of one size on white paper, with a title each, under the caption.
 
     Args:
-        panels: uint8 RGB by title.
+        panels: title and uint8 RGB of each, at least one.
         caption: at most three lines of it.
         columns: panels of a row; 0 puts all in one.
     """
-    height, width = next(iter(panels.values())).shape[:2]
+    height, width = panels[0][1].shape[:2]
     columns = min(columns or len(panels), len(panels))
     total = columns * (width + _MARGIN) + _MARGIN
     letters = letter_size(max(height, width))
@@ -190,7 +188,7 @@ def compose(panels: Mapping[str, np.ndarray], caption: str, *, columns: int = 0)
     pen = ImageDraw.Draw(paper)
     for index, line in enumerate(lines):
         pen.text((_MARGIN, _MARGIN - 2 + index * step), line, fill=_INK, font=font(caption_letters))
-    for number, (title, panel) in enumerate(panels.items()):
+    for number, (title, panel) in enumerate(panels):
         x = _MARGIN + number % columns * (width + _MARGIN)
         y = top + number // columns * row_height
         (text,) = wrap(title, title_letters, width, max_lines=1) or [""]

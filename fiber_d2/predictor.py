@@ -19,6 +19,7 @@ from fiber_d2.data.images import ImageLike, read_pixels
 from fiber_d2.data.mapper import prepare_image
 from fiber_d2.engine.checkpointer import FiberCheckpointer
 from fiber_d2.engine.overrides import load_config
+from fiber_d2.heatmaps import TokenHeatmaps, query_for_words, token_heatmaps
 from fiber_d2.predictions import Prediction
 from fiber_d2.predictor_settings import find_config, settings_of, shipped_configs
 from fiber_d2.queries import QUERIES, Caption, Classes, Expression, Query, as_query
@@ -31,6 +32,7 @@ __all__ = [
     "Expression",
     "Prediction",
     "Predictor",
+    "TokenHeatmaps",
     "find_config",
     "shipped_configs",
 ]
@@ -162,6 +164,36 @@ class Predictor:
                     instances = instances[instances.scores >= threshold]
                 found.append(Prediction(instances, query.words))
         return found if is_list else found[0]
+
+    def token_heatmaps(
+        self,
+        image: ImageLike,
+        query: Text,
+        words: Sequence[str] | None = None,
+        *,
+        image_format: str = "BGR",
+    ) -> TokenHeatmaps:
+        """Where in an image the model sees which word, however unsure it is.
+
+        Args:
+            image: one image, as of a call.
+            query: one question, as of a call.
+            words: some of the classes; of a caption or expression any words of it, whose first
+                occurrence is meant. By default all that is asked for.
+            image_format: channel order of arrays and tensors.
+
+        Returns:
+            Probabilities of K words on every level of the pyramid, ``(K, H_l, W_l)``, and by
+            ``upsampled()`` at every pixel; see :class:`~fiber_d2.heatmaps.TokenHeatmaps`. The
+            squared score of a box is that of its place times the centerness there.
+
+        Raises:
+            FileNotFoundError: no such image.
+            ValueError: an image or question that cannot be used, or a word that is not in it.
+        """
+        question, targets = query_for_words(as_query(query), words)
+        item = {**self._input(image, image_format), "prompt": self._prompts(question)}
+        return token_heatmaps(self.model, item, targets)
 
     def _queries(self, given: Any, count: int | None) -> list[Query]:
         if isinstance(given, (list, tuple)) and any(isinstance(one, QUERIES) for one in given):

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fiber_d2.colors import PALETTE, WordColors
 from fiber_d2.drawing import contact_sheet, draw_found, draw_record, save_png
+from fiber_d2.heatmaps import draw_heatmaps
 from fiber_d2.structures import Prompt
 from fiber_d2.text import clean_name
 
@@ -27,6 +28,7 @@ __all__ = [
     "colors_of_records",
     "contact_sheet",
     "draw_found",
+    "draw_heatmaps",
     "draw_predictions",
     "draw_record",
     "ground_truth_of",
