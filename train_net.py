@@ -6,16 +6,11 @@ Takes the options of Detectron2's scripts, a LazyConfig (``.py``) or a CfgNode (
 """
 
 import os
-import warnings
 
 # torch's C++ warnings, pages of them when a connection ends, would hide the one message about it.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-# fvcore and Detectron2 compile functions with it when they are imported.
-warnings.filterwarnings("ignore", message="`torch.jit.script", category=FutureWarning)
-warnings.filterwarnings("ignore", message="`torch.jit.script", category=DeprecationWarning)
-
-from fiber_d2.engine.main import main  # noqa: E402 - the filter comes first
+from fiber_d2.engine.main import main  # noqa: E402 - it imports torch
 
 if __name__ == "__main__":
     main()

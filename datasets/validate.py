@@ -10,12 +10,7 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
-
-# fvcore and Detectron2 compile functions with it when they are imported.
-warnings.filterwarnings("ignore", message="`torch.jit.script", category=FutureWarning)
-warnings.filterwarnings("ignore", message="`torch.jit.script", category=DeprecationWarning)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

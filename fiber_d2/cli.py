@@ -14,7 +14,7 @@ COMMANDS = {
     "train": "train a model (as train_net.py)",
     "eval": "score a model on test sets (as train_net.py --eval-only)",
     "validate": "check a data set before it costs a training run",
-    "convert": "checkpoints of the original FIBER to ours and back, or starts for training",
+    "convert": "checkpoints and yaml files of the original FIBER to ours, or starts for training",
     "info": "versions, devices and operators: the first thing to paste into a bug report",
 }
 EPILOG = """examples:
@@ -27,6 +27,25 @@ EPILOG = """examples:
   fiber-d2 convert from-fiber original.pth ours.pth
 `fiber-d2 COMMAND --help` tells more of each. Exit status: 0 fine, 1 failed, 2 a mistake in the
 command or the data.
+"""
+TRAIN_EPILOG = """examples:
+  fiber-d2 train quickstart
+  fiber-d2 train quickstart --resume train.max_iter=2000
+  fiber-d2 train finetune/custom_coco data.train_json=T.json data.val_json=V.json \\
+      data.image_root=IMAGES
+  fiber-d2 train my_recipe.py --import my_datasets.py --num-gpus 8
+  fiber-d2 train quickstart --num-gpus 2 train.device=cpu        (two processes on the CPU)
+NAME is a file, or a recipe that comes with fiber_d2: `fiber-d2 info --json` lists them under
+"configs". docs/training.md tells what is logged, docs/scaling.md of several machines.
+"""
+EVAL_EPILOG = """examples:
+  fiber-d2 eval quickstart train.init_checkpoint=output/quickstart/model_final.pth
+  fiber-d2 eval eval/custom_coco train.init_checkpoint=W.pth data.json=V.json data.image_root=IMAGES
+  fiber-d2 eval eval/lvis_minival --num-gpus 8 train.init_checkpoint=W.pth
+  fiber-d2 eval eval/custom_coco --import my_datasets.py dataloader.test.dataset=NAME \\
+      train.init_checkpoint=W.pth
+NAME is a file, or a recipe that comes with fiber_d2: `fiber-d2 info --json` lists them under
+"configs". docs/evaluation.md tells what is measured and which files are written.
 """
 
 
@@ -68,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_engine(argv: list[str], prog: str, *, eval_only: bool) -> int:
     """A leading name of a configuration stands for ``--config-file``."""
-    from fiber_d2.engine.main import main as run
+    from fiber_d2.engine import main as engine
     from fiber_d2.predictor_settings import find_config
 
     if argv and not argv[0].startswith("-") and "=" not in argv[0]:
@@ -77,5 +96,8 @@ def _run_engine(argv: list[str], prog: str, *, eval_only: bool) -> int:
         except FileNotFoundError as error:
             sys.stderr.write(f"{prog}: error: {error}\n")
             return 2
-    run([*(["--eval-only"] if eval_only else []), *argv], prog)
+    usage = f"{prog} NAME|--config-file FILE [options] [key=value ...]"
+    epilog = EVAL_EPILOG if eval_only else TRAIN_EPILOG
+    parser = engine.build_argument_parser(prog, usage, epilog)
+    engine.main([*(["--eval-only"] if eval_only else []), *argv], prog, parser)
     return 0

@@ -58,6 +58,22 @@ def test_images_become_pictures_and_numbers(predict, tiny, tmp_path):
     assert len(coco["annotations"]) == sum(len(f["detections"]) for f in found.values())
 
 
+def test_heat_maps_are_drawn_beside_the_boxes(predict, tiny, tmp_path):
+    names = [f"class {number}" for number in range(12)]
+    for number, question in enumerate((["--classes", *names], ["--caption", "a circle, a cross"])):
+        folder = tmp_path / str(number)
+        code, _, _ = predict(tiny.images[0], *question, "--heatmaps", "--picture-size", 0,
+                             "--threshold", 0.01, "--output", folder)  # fmt: skip
+        assert code == 0
+        stem = tiny.images[0].stem
+        written = {path.name for path in (folder / "pictures").iterdir()}
+        assert written == {f"{stem}.png", f"{stem}_heatmap.png"}
+        with Image.open(folder / "pictures" / f"{stem}_heatmap.png") as picture:
+            # Three panels of 448 pixels in a row and three rows; or a row of two.
+            width, height = picture.size
+            assert (width // 400, height // 400) == ((3, 3), (2, 1))[number]
+
+
 def test_an_expression_has_one_box_whatever_its_score(predict, tiny, tmp_path):
     code, _, _ = predict(tiny.images[0], "--expression", "the red circle", "--threshold", 0.99,
                          "--no-pictures")  # fmt: skip
@@ -65,6 +81,31 @@ def test_an_expression_has_one_box_whatever_its_score(predict, tiny, tmp_path):
     (found,) = json.loads((tmp_path / "output/predict/predictions.json").read_text()).values()
     assert [d["words"] for d in found["detections"]] == ["the red circle"]
     assert not (tmp_path / "output/predict/pictures").exists()
+
+
+def test_json_goes_to_standard_output(predict, tiny, tmp_path):
+    code, out, _ = predict(tiny.images[0], "--classes", "circle", "--json", "--no-pictures",
+                           "--threshold", 0.01)  # fmt: skip
+    saved = json.loads((tmp_path / "output/predict/predictions.json").read_text())
+    assert code == 0 and json.loads(out) == saved and saved[str(tiny.images[0])]["detections"]
+
+
+def test_ctrl_c_keeps_what_was_found(predict, tiny, tmp_path, monkeypatch):
+    from fiber_d2.commands import predict as command
+
+    ask, asked = command.Answers.ask, []
+
+    def interrupted(self, images):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(images)
+        return ask(self, images)
+
+    monkeypatch.setattr(command.Answers, "ask", interrupted)
+    code, _, err = predict(*tiny.images, "--classes", "circle", "--batch-size", 1)
+    assert code == 130 and "what was found so far is kept" in err
+    saved = json.loads((tmp_path / "output/predict/predictions.json").read_text())
+    assert list(saved) == [str(tiny.images[0])]
 
 
 def test_a_bad_image_is_left_out(predict, tiny, tmp_path):
@@ -101,6 +142,7 @@ def test_mistakes_are_one_line_and_status_2(run, predict, tiny, tmp_path):
         ((image, "--caption", "a cat", "--template", "a {}"), "--template goes with"),
         ((image, "--classes", "a", "--every", 0), "at least 1"),
         ((image, "--classes", "a", "--threshold", 40), "between 0 and 1"),
+        ((image, "--classes", "a", "--picture-size", 9), "0 or at least 64"),
         ((image, "--caption", " "), "text with words"),
         ((image, "--classes", "a", "--output", "empty.txt/out"), "Not a directory"),
     ):
@@ -133,13 +175,14 @@ def test_every_command_has_help(run, command):
     assert command in run("--help")[1]
     code, out, _ = run(command, "--help")
     assert code == 0 and out.startswith(f"usage: fiber-d2 {command}")
+    assert "train_net.py" not in out and f"  fiber-d2 {command} " in out
 
 
 def test_training_and_evaluation_are_the_engine(run, monkeypatch):
     from fiber_d2.engine import main as engine
 
     given = []
-    monkeypatch.setattr(engine, "main", lambda argv, prog: given.append((argv, prog)))
+    monkeypatch.setattr(engine, "main", lambda argv, prog, _: given.append((argv, prog)))
     quickstart = str(REPOSITORY / "configs" / "quickstart.py")
     assert run("train", "quickstart", "--resume", "a=1")[0] == 0
     assert run("eval", "--config-file", "x.py", "a=1")[0] == 0
@@ -159,6 +202,11 @@ def test_validate_and_convert_say_what_is_wrong(run, tmp_path):
     assert "absent.pth" in err and not (tmp_path / "out.pth").exists()
 
 
+def test_messages_of_the_engine_name_the_command(run):
+    code, _, err = run("eval", "quickstart", "train.devise=cpu", "train.output_dir=out")
+    assert code == 2 and err.startswith("fiber-d2 eval: error: ") and "train.device" in err
+
+
 @pytest.mark.slow
 def test_as_a_module_from_elsewhere(tmp_path):
     def start(*arguments):
@@ -171,6 +219,7 @@ def test_as_a_module_from_elsewhere(tmp_path):
         )
 
     done = start("info", "--json")
+    assert done.stderr == ""
     assert done.returncode == 0 and "quickstart" in json.loads(done.stdout)["configs"]
     done = start("eval", "quickstart", "train.devise=cpu")
     assert done.returncode == 2 and "train.device" in done.stderr

@@ -52,9 +52,18 @@ docs/scaling.md has more of several machines, torchrun and Slurm.
 """
 
 
-def build_argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's parser, with ``--import`` and a free port by default."""
-    parser = default_argument_parser(epilog=EPILOG)
+def build_argument_parser(
+    prog: str | None = None, usage: str | None = None, epilog: str = EPILOG
+) -> argparse.ArgumentParser:
+    """Detectron2's parser, with ``--import`` and a free port by default.
+
+    Args:
+        prog: what help and usage call the program.
+        usage: its first lines, where argparse's own would not do.
+        epilog: its last lines.
+    """
+    parser = default_argument_parser(epilog=epilog)
+    parser.prog, parser.usage = prog or parser.prog, usage
     parser.add_argument(
         "--import",
         dest="imports",
@@ -116,18 +125,22 @@ def _count(text: str) -> int:
     return number
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+def main(
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    parser: argparse.ArgumentParser | None = None,
+) -> None:
     """Run the program; exits with 2 after a mistake the user can mend, with 1 after a failure.
 
     Args:
-        prog: what help and usage call the program.
+        prog: what messages begin with.
+        parser: of :func:`build_argument_parser`, with words of its own.
     """
-    parser = build_argument_parser()
-    parser.prog = prog or parser.prog
-    args = parser.parse_args(argv)
+    args = (parser or build_argument_parser(prog)).parse_args(argv)
+    args.program = prog or PROGRAM
     # For the processes to come, as train_net.py has it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    reporter = ErrorReporter(PROGRAM, mp.get_context("spawn").Semaphore(1))
+    reporter = ErrorReporter(args.program, mp.get_context("spawn").Semaphore(1))
     with reporter.exit_on_error(), _exit_on_interrupt(args, reporter, parent=True), passing_on():
         # Before any process starts: most mistakes are here.
         placement = read_placement(os.environ)
@@ -204,7 +217,7 @@ def _check_options_of_launcher(args: argparse.Namespace) -> None:
         raise ValueError(
             f"torchrun (or a launcher that sets RANK and WORLD_SIZE as it does) has started this "
             f"process, but {option} is given, too: leave it out, torchrun has --nproc-per-node, "
-            "--nnodes, --node-rank and --rdzv-endpoint; or start train_net.py without torchrun."
+            "--nnodes, --node-rank and --rdzv-endpoint; or start the program without torchrun."
         )
 
 
@@ -229,7 +242,7 @@ def choose_timeout(cfg: Any, seconds: float | None) -> timedelta:
 
 def run(args: argparse.Namespace, first: Any, placement: Placement | None = None) -> None:
     """What each process does."""
-    reporter = ErrorReporter(PROGRAM, first)
+    reporter = ErrorReporter(args.program, first)
     with reporter.exit_on_error(outermost=False), _exit_on_interrupt(args, reporter), listening():
         cfg, _, _ = prepare(args, reporter, placement)
         with notice_lost_contact():
@@ -266,7 +279,7 @@ def _exit_on_interrupt(
             else:
                 option = "--resume-eval" if args.eval_only else "--resume"
                 hint = f"The same command with {option} goes on from what is saved."
-            sys.stderr.write(f"{PROGRAM}: interrupted. {hint}\n")
+            sys.stderr.write(f"{args.program}: interrupted. {hint}\n")
             sys.stderr.flush()
         sys.exit(INTERRUPTED_EXIT_CODE)
 
