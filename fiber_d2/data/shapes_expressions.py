@@ -30,7 +30,9 @@ class Expression:
 
     Attributes:
         group: ``ATTRIBUTE`` or ``RELATION``.
-        text: the caption; its first ``head_length`` characters are the root noun phrase.
+        text: the caption.
+        spans: ``[begin, end)`` characters that are true of the object: its name, and where it is
+            ("left of"). The name of the reference is not.
         target: index of the object.
         candidates: indices one would choose among without the words of the group: the objects
             that fit the head for a relation, all objects for attributes.
@@ -39,7 +41,7 @@ class Expression:
 
     group: str
     text: str
-    head_length: int
+    spans: tuple[tuple[int, int], ...]
     target: int
     candidates: tuple[int, ...]
     reference: int | None = None
@@ -80,7 +82,7 @@ def attribute_expressions(scene: Scene) -> Iterator[Expression]:
                 continue
             if description.matches(objects) == (target,):
                 text = f"the {description.words()}"
-                yield Expression(ATTRIBUTE, text, len(text), target, everything)
+                yield Expression(ATTRIBUTE, text, ((0, len(text)),), target, everything)
 
 
 def relation_expressions(scene: Scene, hard: bool = False) -> Iterator[Expression]:
@@ -111,7 +113,9 @@ def relation_expressions(scene: Scene, hard: bool = False) -> Iterator[Expressio
                 if target is not None:
                     start = f"the {head.words()}"
                     text = f"{start} {relation} the {words}"
-                    yield Expression(RELATION, text, len(start), target, candidates, reference)
+                    side = len(start) + 1
+                    spans = ((0, len(start)), (side, side + len(relation)))
+                    yield Expression(RELATION, text, spans, target, candidates, reference)
 
 
 def _reference_words(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from typing import Any
 from xml.etree import ElementTree
+
+import numpy as np
 
 from .shapes_expressions import Expression
 from .shapes_language import Phrase, Sentence
@@ -148,8 +152,41 @@ def refexp_json(
             }
         )
         target = xywh(scene.objects[expression.target])
-        entry = _grounding_annotation(annotations, images, target, [[0, expression.head_length]])
+        spans = [list(span) for span in expression.spans]
+        entry = _grounding_annotation(annotations, images, target, spans)
         annotations.append(entry | {"original_id": number})
+    return _grounding(images, annotations)
+
+
+def mixed_json(
+    expressions: list[tuple[int, Scene, Expression]], params: ShapesParams
+) -> dict[str, Any]:
+    """MDETR-style mixed json: one "image" per caption of several expressions about an image.
+
+    Expressions of an image, which must follow each other, are shuffled and dealt to as few
+    captions as ``params.expressions_per_caption`` allows, with a period between two of them. An
+    object that several of them mean is one annotation with all their spans.
+    """
+    images, annotations = [], []
+    for number, group in itertools.groupby(expressions, key=lambda item: item[0]):
+        found = list(group)
+        scene = found[0][1]
+        order = np.random.default_rng([params.seed, number, 98]).permutation(len(found))
+        captions = -(-len(found) // params.expressions_per_caption)
+        for places in np.array_split(order, captions):
+            text, spans = "", defaultdict(list)
+            for expression in (found[place][2] for place in places):
+                text += ". " if text else ""
+                start = len(text)
+                text += expression.text
+                spans[expression.target] += [[start + b, start + e] for b, e in expression.spans]
+            images.append(
+                _caption_entry(number, params, text)
+                | {"id": len(images) + 1, "dataset_name": "mixed", "original_id": number}
+            )
+            for target in sorted(spans):
+                box = xywh(scene.objects[target])
+                annotations.append(_grounding_annotation(annotations, images, box, spans[target]))
     return _grounding(images, annotations)
 
 

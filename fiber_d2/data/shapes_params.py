@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Raised whenever the same parameters would give other files than before.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # name -> (hue in degrees, saturation, value) of the middle of the colour
 COLORS: dict[str, tuple[float, float, float]] = {
@@ -70,6 +70,7 @@ class ShapesParams:
             group per image (every one there is, where there are fewer).
         train_relation_share: where given, expressions of the group in excess are left out of the
             training split until relational ones make up this share. The validation split keeps all.
+        expressions_per_caption: most referring expressions in a caption of the mixed annotations.
         hard_relations: keep only relational expressions whose answer is not the candidate that
             lies furthest in the named direction, so that the reference object must be looked at.
         lvis_rare_max, lvis_common_max: most annotated training images of a class that is called
@@ -97,6 +98,7 @@ class ShapesParams:
     attributes_per_image: int = 4
     relations_per_image: int = 6
     train_relation_share: float | None = None
+    expressions_per_caption: int = 4
     hard_relations: bool = False
     lvis_rare_max: int = 10
     lvis_common_max: int = 100
@@ -135,6 +137,7 @@ class ShapesParams:
             self._check(value is None or 0 <= value <= 1, name, "must be within 0 .. 1")
         for name in ("sentences_per_image", "attributes_per_image", "relations_per_image"):
             self._check(getattr(self, name) >= 0, name, "must not be negative")
+        self._check(self.expressions_per_caption > 0, "expressions_per_caption", "must be positive")
         self._check(
             0 < self.lvis_rare_max < self.lvis_common_max,
             "lvis_rare_max",

@@ -18,6 +18,7 @@ from .shapes_formats import (
     coco_categories,
     entities_files,
     flickr_json,
+    mixed_json,
     refexp_json,
     xywh,
 )
@@ -147,6 +148,7 @@ class SplitWriter:
             (f"instances_{split}", coco),
             (f"final_flickr_separateGT_{split}", flickr),
             (f"finetune_shapes_{split}", refexp),
+            (f"final_mixed_shapes_{split}", mixed_json(self.expressions, params)),
             (f"lvis_{split}", lvis),
         ):
             path = self.root / "annotations" / f"{name}.json"

@@ -237,13 +237,14 @@ def check_expressions(content, objects):
         boxes = [[a, b, pytest.approx(c - a), pytest.approx(d - b)] for _, (a, b, c, d) in own]
         target = boxes.index([x, y, w, h])
         candidates = [boxes.index(box) for box in image["candidates"]]
-        ((begin, end),) = annotation["tokens_positive"]
+        (begin, end), *further = annotation["tokens_positive"]
         caption = image["caption"]
         match = re.fullmatch(
             r"the ([a-z ]+?)(?: (left of|right of|above|below) the ([a-z ]+))?", caption
         )
         head, relation, other = match.groups()
         assert (begin, caption[begin:end]) == (0, f"the {head}")
+        assert [caption[b:e] for b, e in further] == ([] if relation is None else [relation])
         head = head.split()
         groups[image["dataset_name"]] += 1
         assert clear(head, own) and target in fitting(head, own)
@@ -280,6 +281,47 @@ def test_referring_expressions_fit_one_object(root, split):
     assert len(set(pairs)) == len(pairs)
     most = Counter((i["original_id"], i["dataset_name"]) for i in content["images"])
     assert all(n <= (4 if group == "shapes_attribute" else 6) for (_, group), n in most.items())
+
+
+@SPLITS
+def test_mixed_captions_hold_every_expression_once(root, split):
+    """They say the same of the same boxes as the file with one expression per caption."""
+    refexp, mixed = (
+        load(root, f"finetune_shapes_{split}"),
+        load(root, f"final_mixed_shapes_{split}"),
+    )
+
+    def said(content, image, start, end):
+        """(words, box) of the spans within some characters of a caption."""
+        return sorted(
+            (image["caption"][b:e], b - start, a["bbox"])
+            for a in annotations_by_image(content)[image["id"]]
+            for b, e in a["tokens_positive"]
+            if start <= b and e <= end
+        )
+
+    def key(image, text, found):
+        return image["original_id"], text, json.dumps(found)
+
+    alone = Counter(
+        key(image, image["caption"], said(refexp, image, 0, len(image["caption"])))
+        for image in refexp["images"]
+    )
+    together, several = Counter(), 0
+    for image in mixed["images"]:
+        start, texts = 0, image["caption"].split(". ")
+        assert 1 <= len(texts) <= 4
+        for text in texts:
+            together[key(image, text, said(mixed, image, start, start + len(text)))] += 1
+            start += len(text) + 2
+        own = annotations_by_image(mixed)[image["id"]]
+        boxes = [json.dumps(annotation["bbox"]) for annotation in own]
+        assert len(set(boxes)) == len(boxes)
+        several += any(len(a["tokens_positive"]) > 2 for a in own)
+    assert together == alone and several
+    captions = Counter(image["original_id"] for image in mixed["images"])
+    expressions = Counter(image["original_id"] for image in refexp["images"])
+    assert captions == {image: -(-count // 4) for image, count in expressions.items()}
 
 
 def test_hard_relations_need_the_reference(tmp_path):

@@ -35,6 +35,14 @@ def _shapes(split: str) -> dict[str, BuiltinDataset]:
             entities_root="shapes/flickr30k_entities",
             split=split,
         ),
+        f"shapes_mixed_{split}": BuiltinDataset(
+            MDETR,
+            GROUNDING,
+            None,
+            f"{annotations}/final_mixed_shapes_{split}.json",
+            images,
+            prepare=prepare,
+        ),
         f"shapes_refexp_{split}": BuiltinDataset(
             MDETR,
             REFEXP,
