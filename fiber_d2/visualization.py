@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from fiber_d2.colors import PALETTE, WordColors
 from fiber_d2.drawing import contact_sheet, draw_found, draw_record, save_png
 from fiber_d2.heatmaps import draw_heatmaps
+from fiber_d2.plots import plot_class_ap, plot_precision_recall, save_plots
 from fiber_d2.structures import Prompt
 from fiber_d2.text import clean_name
 
@@ -32,7 +33,10 @@ __all__ = [
     "draw_predictions",
     "draw_record",
     "ground_truth_of",
+    "plot_class_ap",
+    "plot_precision_recall",
     "prompt_words",
+    "save_plots",
     "save_png",
 ]
 

@@ -21,6 +21,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
+from fiber_d2.evaluation.curves import PrecisionCurves, coco_curves
 from fiber_d2.evaluation.records import Record, gather_records, keep_first
 from fiber_d2.evaluation.saved import foreign_error, read_records, some_of
 from fiber_d2.files import save_json
@@ -52,8 +53,9 @@ class GroundedCOCOEvaluator(COCOEvaluator):
     pycocotools; the numbers are the same).
 
     Results, in percent: ``{"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AP-<class>"}}``.
-    A metric without any ground truth (for example APl without large objects) is NaN. Nothing is
-    scored where the json holds no annotations; the predictions are saved all the same.
+    A metric without any ground truth (for example APl without large objects) is NaN. ``curves``
+    holds the precision at each recall of what was scored last. Nothing is scored where the json
+    holds no annotations; the predictions are saved all the same.
 
     Args:
         dataset_name: registered data set; its metadata give ``json_file`` and, where the json's
@@ -102,6 +104,8 @@ class GroundedCOCOEvaluator(COCOEvaluator):
         self._max_dets = max_dets_per_image
         self._json_ids = _json_category_ids(self._metadata, self._coco_api)
         self._predictions: list[Record] = []
+        # Of what was scored last, by the name of its results.
+        self.curves: dict[str, PrecisionCurves] = {}
 
     @property
     def ground_truth(self) -> list[Record]:
@@ -254,6 +258,8 @@ class GroundedCOCOEvaluator(COCOEvaluator):
                 evaluation.params.imgIds = list(img_ids)
             evaluation.evaluate()
             evaluation.accumulate()
+        names = [c["name"] for c in self._coco_api.loadCats(ids=evaluation.params.catIds)]
+        self.curves = {"bbox": coco_curves(evaluation, names)}
         return evaluation
 
     def _in_json_ids(self, detections: list[Record]) -> list[Record]:

@@ -69,7 +69,7 @@ class _Matches:
 
 def average_precision(
     truth: LVISGroundTruth, detections: LVISDetections, subsets: Sequence[np.ndarray]
-) -> list[dict[str, float]]:
+) -> list[tuple[dict[str, float], np.ndarray]]:
     """AP, AP50, AP75, APs/m/l, APr/c/f, AR and ARs/m/l, in 0..1, of subsets of the detections.
 
     Equal scores of a class rank by image, then by appearance. A subset holds, of each image and
@@ -80,7 +80,8 @@ def average_precision(
         subsets: bool ``(N,)`` each.
 
     Returns:
-        Results of each subset; NaN where no class has an object that a metric is about.
+        Of each subset its results, NaN where no class has an object that a metric is about; and
+        the precision ``(T, R, K)`` of objects of all sizes, NaN for classes without.
     """
     # In this order those of a class are together, best first.
     ranked = np.lexsort((detections.image, -detections.scores, detections.category))
@@ -92,10 +93,15 @@ def average_precision(
     ignored = truth.ignore | _outside(truth.area)  # (A, G)
     matches = _match(truth, detections, ignored)
 
-    return [
-        _summary(truth, *_all_curves(truth, detections, matches, excused, ignored, subset[ranked]))
-        for subset in subsets
-    ]
+    results = []
+    of_all_sizes = list(AREA_RANGES).index("all")
+    for subset in subsets:
+        precision, recall = _all_curves(
+            truth, detections, matches, excused, ignored, subset[ranked]
+        )
+        of_classes = np.moveaxis(precision[:, of_all_sizes], 0, -1).copy()
+        results.append((_summary(truth, precision, recall), of_classes))
+    return results
 
 
 def _all_curves(

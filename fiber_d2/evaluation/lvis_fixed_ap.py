@@ -17,7 +17,8 @@ from tabulate import tabulate
 
 from fiber_d2.data.categories import read_categories
 from fiber_d2.data.coco_json import load_json
-from fiber_d2.evaluation.lvis_ap import average_precision
+from fiber_d2.evaluation.curves import PrecisionCurves
+from fiber_d2.evaluation.lvis_ap import IOU_THRESHOLDS, RECALL_LEVELS, average_precision
 from fiber_d2.evaluation.lvis_data import (
     Detections,
     LVISDetections,
@@ -70,19 +71,26 @@ def score_lvis(
         ground_truth = parse_lvis(content, source)
     elif not isinstance(ground_truth, LVISGroundTruth):
         ground_truth = parse_lvis(ground_truth)
+    scored = _score(ground_truth, detections, topk_per_class, max_dets_per_image)
+    return OrderedDict((kind, results) for kind, (results, _) in scored.items())
+
+
+def _score(
+    ground_truth: LVISGroundTruth,
+    detections: Detections | LVISDetections,
+    topk_per_class: int,
+    max_dets_per_image: int,
+) -> dict[str, tuple[dict[str, float], np.ndarray]]:
+    """Results and precision ``(T, R, K)`` of each kind of AP; see :func:`score_lvis`."""
     if not ground_truth.annotated:
         raise ValueError("The ground truth has no annotations: nothing to score.")
     if not isinstance(detections, LVISDetections):
         detections = parse_detections(ground_truth, detections)
-    fixed, standard = average_precision(
-        ground_truth,
-        detections,
-        [
-            _best_of_class(detections, topk_per_class),
-            _best_of_image(detections, max_dets_per_image),
-        ],
-    )
-    return OrderedDict({FIXED: fixed, STANDARD: standard})
+    subsets = [
+        _best_of_class(detections, topk_per_class),
+        _best_of_image(detections, max_dets_per_image),
+    ]
+    return dict(zip((FIXED, STANDARD), average_precision(ground_truth, detections, subsets)))
 
 
 class LVISFixedAPEvaluator(DatasetEvaluator):
@@ -93,8 +101,9 @@ class LVISFixedAPEvaluator(DatasetEvaluator):
     image. Everything else is the same, see :mod:`fiber_d2.evaluation.lvis_ap`.
 
     Results, in percent: ``{"bbox": FixedAP, "bbox_per_image": ordinary AP}``, each with AP, AP50,
-    AP75, APs/m/l, APr/c/f, AR and ARs/m/l. NaN where undefined. Nothing is scored where the json
-    holds no annotations; the predictions are saved all the same.
+    AP75, APs/m/l, APr/c/f, AR and ARs/m/l. NaN where undefined. ``curves`` holds the precision at
+    each recall of what was scored last. Nothing is scored where the json holds no annotations; the
+    predictions are saved all the same.
 
     The predictions of an image come at once, all classes together; batches may have any size. An
     image that comes again, from this process or another, does not count again. Of equal scores at
@@ -139,6 +148,9 @@ class LVISFixedAPEvaluator(DatasetEvaluator):
             contiguous = read_categories(content, json_file).contiguous
         self.ground_truth = parse_lvis(content, json_file)
         self._image_index = {i: index for index, i in enumerate(self.ground_truth.image_ids)}
+        names = {c["id"]: c.get("name", f"class {c['id']}") for c in content["categories"]}
+        self._names = [names[category_id] for category_id in self.ground_truth.category_ids]
+        self.curves: dict[str, PrecisionCurves] = {}
         self._categories = _category_indices(self.ground_truth, contiguous)
         self._topk_per_class = topk_per_class
         self._max_dets_per_image = max_dets_per_image
@@ -185,15 +197,16 @@ class LVISFixedAPEvaluator(DatasetEvaluator):
 
     def score(self, detections: Detections | LVISDetections) -> dict[str, dict[str, float]]:
         """Results, in percent, of saved predictions; see :func:`score_lvis` for their form."""
-        results = score_lvis(
-            self.ground_truth,
-            detections,
-            topk_per_class=self._topk_per_class,
-            max_dets_per_image=self._max_dets_per_image,
+        scored = _score(
+            self.ground_truth, detections, self._topk_per_class, self._max_dets_per_image
         )
+        self.curves = {
+            kind: PrecisionCurves(self._names, IOU_THRESHOLDS, RECALL_LEVELS, precision)
+            for kind, (_, precision) in scored.items()
+        }
         return OrderedDict(
             (kind, OrderedDict((name, 100 * value) for name, value in metrics.items()))
-            for kind, metrics in results.items()
+            for kind, (metrics, _) in scored.items()
         )
 
     def score_file(self, path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:

@@ -83,6 +83,11 @@ def build_argument_parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--image-root", default="", metavar="DIR", help="its images (they are not read)"
     )
+    score.add_argument(
+        "--plots",
+        metavar="DIR",
+        help="draw precision over recall and AP of each class there (COCO's and LVIS's measures)",
+    )
     score.add_argument("--output", metavar="FILE.json", help="write results and protocol there")
     score.add_argument("--iou", type=float, help="IoU from which on a box hits")
     score.add_argument(
@@ -114,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.output:
             content = {"protocol": protocol, "results": without_nan(results)}
             save_json(content, Path(args.output))
+        plots = _plot(evaluator, args.plots, args.dataset) if args.plots else []
     except _ERRORS as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         sys.stderr.write(f"error: {text}\n")
@@ -124,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"{table}\n")
     if args.output:
         sys.stdout.write(f"Results: {args.output}\n")
+    for path in plots:
+        sys.stdout.write(f"Plot: {path}\n")
     return 0
 
 
@@ -138,6 +146,19 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ValueError(f"--option {text}: the value cannot be read.") from error
     return options
+
+
+def _plot(evaluator: DatasetEvaluator, folder: str, title: str) -> list[Path]:
+    curves = getattr(evaluator, "curves", None)
+    if curves is None:
+        raise ValueError(
+            f"--plots: {type(evaluator).__name__}, the evaluator of {title!r}, measures no "
+            "precision over recall."
+        )
+    # Drawing needs matplotlib, which scoring does not.
+    from fiber_d2.plots import save_plots
+
+    return save_plots(curves, folder, title=title)
 
 
 def _import_all(names: Sequence[str]) -> None:
