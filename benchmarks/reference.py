@@ -140,7 +140,7 @@ def _backbone_like(model: FIBER) -> nn.ModuleDict:
                 query_norm = isinstance(reads.norm, nn.LayerNorm)
                 reader = TextAttention(dim, text_dim, heads, query_norm)
             drop = block.drop_path.drop_prob
-            blocks.append(Block(dim, heads, block.window, block.shift, reader, drop))
+            blocks.append(Block(dim, heads, block.attn.window, block.attn.shift, reader, drop))
         parts = {"blocks": nn.ModuleList(blocks)}
         if stage.downsample is not None:
             parts["downsample"] = Merging(swin.dims[number])

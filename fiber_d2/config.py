@@ -92,6 +92,8 @@ def add_fiber_config(cfg: CfgNode) -> None:
 
     # Image-prompt pairs that pass the fused part together in evaluation.
     cfg.MODEL.FIBER.PROMPT_BATCH_SIZE = 16
+    # Memory for what evaluation remembers of captions between images; 0 for none.
+    cfg.MODEL.FIBER.TEXT_CACHE_MIB = 256
 
     # Text: what the data side does with captions.
     cfg.FIBER = CfgNode()

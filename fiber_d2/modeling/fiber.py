@@ -15,8 +15,9 @@ from torch import nn
 
 from fiber_d2.structures import Prompt
 
-from .fusion import FusionBackbone
+from .fusion import FusionBackbone, ImagePrefix
 from .language_head import ATSSLanguageHead
+from .text_cache import TextCache
 
 
 def pad_stack(tensors: Sequence[torch.Tensor], value: float = 0) -> torch.Tensor:
@@ -43,6 +44,11 @@ class FIBER(nn.Module):
         pixel_mean, pixel_std: per channel, BGR, on the scale 0..255.
         prompt_batch_size: image-prompt pairs that pass the fused part together in evaluation;
             bounds the memory of images with many prompts.
+        text_cache_mib: memory for what evaluation remembers of captions between images, the part
+            of the text tower that precedes the exchange; 0 computes it anew for each image.
+
+    Attributes:
+        text_cache: what is remembered of captions.
     """
 
     pixel_mean: torch.Tensor
@@ -57,11 +63,13 @@ class FIBER(nn.Module):
         pixel_mean: Sequence[float] = (103.53, 116.28, 123.675),
         pixel_std: Sequence[float] = (57.375, 57.12, 58.395),
         prompt_batch_size: int = 16,
+        text_cache_mib: int = 256,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.prompt_batch_size = prompt_batch_size
+        self.text_cache = TextCache(text_cache_mib * 2**20)
         self._in_evaluation_mode: tuple[str, ...] = ()
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
@@ -75,6 +83,7 @@ class FIBER(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "prompt_batch_size": cfg.MODEL.FIBER.PROMPT_BATCH_SIZE,
+            "text_cache_mib": cfg.MODEL.FIBER.TEXT_CACHE_MIB,
         }
 
     @property
@@ -91,8 +100,10 @@ class FIBER(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> FIBER:
-        """As usual, but for :meth:`keep_in_evaluation_mode`."""
+        """As usual, but for :meth:`keep_in_evaluation_mode`; training forgets captions."""
         super().train(mode)
+        if mode:
+            self.text_cache.clear()
         for name in self._in_evaluation_mode:
             self.get_submodule(name).eval()
         return self
@@ -171,23 +182,21 @@ class FIBER(nn.Module):
     def _detect_images(self, batched_inputs: Sequence[Mapping[str, Any]]) -> list[Instances]:
         """Detections of images of one padded size, in pixels of the original images."""
         images = self.preprocess_images(batched_inputs)
-        prompts, image_index = [], []
+        pairs: list[tuple[int, Prompt]] = []
         for index, item in enumerate(batched_inputs):
             given = item["prompt"]
-            given = [given] if isinstance(given, Prompt) else list(given)
-            prompts.extend(given)
-            image_index.extend([index] * len(given))
+            pairs.extend((index, x) for x in ([given] if isinstance(given, Prompt) else given))
         prefix = self.backbone.image_prefix(images.tensor)
+        found: dict[int, Instances] = {}
+        # Captions of about the same length pass together: none is padded to a much longer one.
+        order = sorted(range(len(pairs)), key=lambda number: pairs[number][1].num_tokens)
+        for start in range(0, len(order), self.prompt_batch_size):
+            numbers = order[start : start + self.prompt_batch_size]
+            results = self._detect(prefix, [pairs[n] for n in numbers], images.image_sizes)
+            found.update(zip(numbers, results))
         collected: list[list[Instances]] = [[] for _ in batched_inputs]
-        for start in range(0, len(prompts), self.prompt_batch_size):
-            chunk = slice(start, start + self.prompt_batch_size)
-            results = self._detect(
-                prefix.select(torch.tensor(image_index[chunk], device=self.device)),
-                prompts[chunk],
-                [images.image_sizes[i] for i in image_index[chunk]],
-            )
-            for index, result in zip(image_index[chunk], results):
-                collected[index].append(result)
+        for number, (index, _) in enumerate(pairs):
+            collected[index].append(found[number])
         detections = []
         for item, results in zip(batched_inputs, collected):
             merged = self.head.postprocessor.merge(results)
@@ -198,13 +207,33 @@ class FIBER(nn.Module):
         return detections
 
     def _detect(
-        self, prefix: Any, prompts: Sequence[Prompt], image_sizes: Sequence[tuple[int, int]]
+        self,
+        prefix: ImagePrefix,
+        pairs: Sequence[tuple[int, Prompt]],
+        image_sizes: Sequence[tuple[int, int]],
     ) -> list[Instances]:
-        ids, mask = self.pad_prompts(prompts)
-        features = self.backbone.exchange(prefix, self.backbone.text_prefix(ids, mask), mask)
+        """Detections of pairs of an image's number and a caption."""
+        prompts = [prompt for _, prompt in pairs]
+        _, mask = self.pad_prompts(prompts)
+        text = pad_stack(
+            self.text_cache(
+                prompts,
+                lambda missing: self.backbone.text_prefix(*self.pad_prompts(missing)),
+                self.backbone.text.text_only(),
+                self.device,
+            )
+        )
+        images = sorted({image for image, _ in pairs})
+        if len(images) < len(prefix.tokens):
+            prefix = prefix.select(torch.tensor(images, device=self.device))
+        index = [images.index(image) for image, _ in pairs]
+        image_index = None
+        if index != list(range(len(images))):
+            image_index = torch.tensor(index, device=self.device)
+        features = self.backbone.exchange(prefix, text, mask, image_index)
         outputs = self.head(features.pyramid, features.text, mask)
         positive_map = pad_stack([prompt.positive_map for prompt in prompts]).to(self.device)
-        results = self.head.inference(outputs, positive_map, image_sizes)
+        results = self.head.inference(outputs, positive_map, [image_sizes[i] for i, _ in pairs])
         for prompt, result in zip(prompts, results):
             result.pred_classes = prompt.target_ids.to(self.device)[result.pred_classes]
         return results

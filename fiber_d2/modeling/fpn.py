@@ -13,6 +13,8 @@ from torch import nn
 
 from fiber_d2.layers import DropBlock2d
 
+from .pairs import of_pairs
+
 
 class FeaturePyramid(nn.Module):
     """Top-down pyramid over c3, c4, c5 with two strided levels on top.
@@ -46,12 +48,27 @@ class FeaturePyramid(nn.Module):
                 nn.init.kaiming_uniform_(conv.weight, a=1)
                 nn.init.zeros_(conv.bias)
 
-    def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """c3, c4, c5 as ``(P, C_i, H_i, W_i)``, finest first, to p3..p7, finest first."""
-        merged = self.laterals[-1](features[-1])
+    def forward(
+        self,
+        features: Sequence[torch.Tensor],
+        shared: int = 0,
+        image_index: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """c3, c4, c5, finest first, to p3..p7, finest first.
+
+        Args:
+            features: ``(P, C_i, H_i, W_i)`` each.
+            shared: so many of the first are of images, ``(B, C_i, H_i, W_i)``, not of pairs.
+            image_index: ``(P,)``, the image of each pair; None where they are the same.
+        """
+
+        def lateral_of(i: int) -> torch.Tensor:
+            return of_pairs(self.laterals[i](features[i]), image_index if i < shared else None)
+
+        merged = lateral_of(len(features) - 1)
         levels = [self.outputs[-1](merged)]
         for i in range(len(features) - 2, -1, -1):
-            lateral = self.laterals[i](features[i])
+            lateral = lateral_of(i)
             merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
             levels.insert(0, self.outputs[i](self.drop_block(merged)))
         levels.append(_strided(self.p6, levels[-1]))

@@ -43,7 +43,8 @@ class FusionFeatures(NamedTuple):
     """Result of the exchange.
 
     Attributes:
-        stages: normalised stage outputs c3, c4, c5 as ``(P, C_i, H_i, W_i)``.
+        stages: normalised stage outputs c3, c4, c5 as ``(P, C_i, H_i, W_i)``; those that no text
+            has met are of the images, ``(B, C_i, H_i, W_i)``.
         pyramid: p3..p7, each ``(P, C, H_l, W_l)``.
         text: final hidden state ``(P, T, D)``, padding included.
     """
@@ -145,21 +146,30 @@ class FusionBackbone(Backbone):
 
     def text_prefix(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Text layers before the first exchange: ids, bool mask ``(P, T)`` -> ``(P, T, D)``."""
-        x = self.text.embeddings(input_ids)
-        for layer in self.text.layers[: self.text.num_text_only]:
+        embeddings, *layers = self.text.text_only()
+        x = embeddings(input_ids)
+        for layer in layers:
             x = self.text.call(layer, x, attention_mask)
         return x
 
     def exchange(
-        self, prefix: ImagePrefix, text: torch.Tensor, attention_mask: torch.Tensor
+        self,
+        prefix: ImagePrefix,
+        text: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_index: torch.Tensor | None = None,
     ) -> FusionFeatures:
-        """From the prefixes of P pairs to the pyramid and the final text.
+        """From the prefixes of B images and P captions to the pyramid and the final text of P
+        pairs. What does not depend on the caption is computed once per image.
 
         Args:
-            prefix: of the pairs' images.
+            prefix: of the images.
             text: ``(P, T, D)`` of :meth:`text_prefix`.
             attention_mask: bool ``(P, T)``.
+            image_index: ``(P,)``, the image of each caption; None where there is one caption to
+                an image, in order.
         """
+        index = image_index  # until the tokens are those of pairs
         x, features = prefix.tokens, list(prefix.features)
         text_layers = iter(self.text.layers[self.text.num_text_only :])
         first_stage, first_block = self._first_fused()
@@ -173,11 +183,13 @@ class FusionBackbone(Backbone):
                 # Both sides read the same incoming pair, then both are replaced.
                 layer = next(text_layers)
                 x, text = (
-                    self.swin.call(block, x, text, attention_mask),
-                    self.text.call(layer, text, attention_mask, x.flatten(1, 2)),
+                    self.swin.call(block, x, text, attention_mask, index),
+                    self.text.call(layer, text, attention_mask, x.flatten(1, 2), index),
                 )
+                index = None
             x = self._finish_stage(number, x, features)
-        return FusionFeatures(features, self.neck(features), text)
+        pyramid = self.neck(features, len(prefix.features), image_index)
+        return FusionFeatures(features, pyramid, text)
 
     def _finish_stage(
         self, number: int, x: torch.Tensor, features: list[torch.Tensor]
@@ -199,9 +211,8 @@ class FusionBackbone(Backbone):
         """Images ``(B, 3, H, W)`` and captions ``(P, T)``; pair ``i`` looks at image
         ``image_index[i]``, or at image ``i`` where no index is given."""
         prefix = self.image_prefix(images)
-        if image_index is not None:
-            prefix = prefix.select(image_index)
-        return self.exchange(prefix, self.text_prefix(input_ids, attention_mask), attention_mask)
+        text = self.text_prefix(input_ids, attention_mask)
+        return self.exchange(prefix, text, attention_mask, image_index)
 
 
 @BACKBONE_REGISTRY.register()

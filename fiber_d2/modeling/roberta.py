@@ -2,7 +2,7 @@
 
 The model specification, section 2.
 
-Letters: P captions, T tokens, D text width, S image tokens, C image width.
+Letters: P captions, T tokens, D text width, B images, S image tokens, C image width.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fiber_d2.layers import LayerNorm, call_block
+
+from .pairs import of_pairs
 
 # Name of the learnt addition to the embeddings. Checkpoints may lack it: it starts at zero.
 PROMPT = "embeddings.prompt"
@@ -41,17 +43,22 @@ class MultiHeadAttention(nn.Module):
         self.dense = nn.Linear(dim, dim)
 
     def forward(
-        self, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor,
+        mask: torch.Tensor | None,
+        context_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``x`` (P, T, D), ``context`` (P, S, C), ``mask`` bool (P, S) or None -> (P, T, D)."""
+        """``x`` (P, T, D), ``context`` (B, S, C), ``mask`` bool (P, S) or None, ``context_index``
+        (P,) as of :func:`~fiber_d2.modeling.pairs.of_pairs` -> (P, T, D)."""
 
         def split(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
         attended = F.scaled_dot_product_attention(
             split(self.query(x)),
-            split(self.key(context)),
-            split(self.value(context)),
+            of_pairs(split(self.key(context)), context_index),
+            of_pairs(split(self.value(context)), context_index),
             attn_mask=None if mask is None else mask[:, None, None, :],
             dropout_p=self.dropout if self.training else 0.0,
         )
@@ -71,9 +78,12 @@ class ImageToTextAttention(nn.Module):
         )
         self.alpha = nn.Parameter(torch.full((1,), float(alpha_init)))
 
-    def forward(self, x: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """``x`` (P, T, D), ``image`` (P, S, C): no token of the image is masked."""
-        return x + self.alpha * self.attention(x, image, None)
+    def forward(
+        self, x: torch.Tensor, image: torch.Tensor, image_index: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``x`` (P, T, D), ``image`` (B, S, C), ``image_index`` (P,) -> (P, T, D): no token of the
+        image is masked."""
+        return x + self.alpha * self.attention(x, image, None, image_index)
 
 
 class RobertaLayer(nn.Module):
@@ -112,12 +122,17 @@ class RobertaLayer(nn.Module):
         self.norm2 = LayerNorm(dim, eps=norm_eps)
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor, image: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor,
+        image: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``x`` (P, T, D), ``mask`` bool (P, T), ``image`` (P, S, C) for fused layers."""
+        """``x`` (P, T, D), ``mask`` bool (P, T), for fused layers ``image`` (B, S, C) and, where
+        several captions share an image, ``image_index`` (P,)."""
         attended = self.attention(x, x, mask)
         if self.image_attention is not None:
-            attended = self.image_attention(attended, image)
+            attended = self.image_attention(attended, image, image_index)
         x = self.norm1(attended + x)
         hidden = self.fc2(F.gelu(self.fc1(x)))
         return self.norm2(F.dropout(hidden, self.dropout, self.training) + x)
@@ -244,6 +259,10 @@ class RobertaEncoder(nn.Module):
     def call(self, layer: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """``layer(*inputs)`` of one of the tower's layers, as ``checkpoint`` says."""
         return call_block(layer, *inputs, recompute=self.checkpoint)
+
+    def text_only(self) -> list[nn.Module]:
+        """What a caption passes before it meets an image, in order."""
+        return [self.embeddings, *self.layers[: self.num_text_only]]
 
     @property
     def max_tokens(self) -> int:

@@ -17,6 +17,7 @@ from torch import nn
 
 from fiber_d2.layers import LayerNorm, call_block
 
+from .pairs import of_pairs
 from .windows import shift_regions, window_attention, window_partition, window_reverse
 
 NORM_EPS = 1e-5
@@ -47,9 +48,17 @@ class TextToWindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.alpha = nn.Parameter(torch.full((1,), float(alpha_init)))
 
-    def forward(self, x: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
-        """``x`` (P, H, W, C), ``text`` (P, T, D), ``text_mask`` bool (P, T) -> like ``x``."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        text: torch.Tensor,
+        text_mask: torch.Tensor,
+        image_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``x`` (B, H, W, C), ``text`` (P, T, D), ``text_mask`` bool (P, T), ``image_index`` (P,)
+        as of :func:`~fiber_d2.modeling.pairs.of_pairs` -> (P, H, W, C)."""
         query = self.query(self.norm(x)).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
+        x, query = of_pairs(x, image_index), of_pairs(query, image_index)
         key_value = self.key_value(text).unflatten(-1, (2, self.num_heads, -1))
         key, value = key_value.permute(2, 0, 3, 1, 4)  # each (P, heads, T, C/heads)
         attended = F.scaled_dot_product_attention(
@@ -109,9 +118,14 @@ class WindowAttention(nn.Module):
         return bias.t().unflatten(1, self.relative_position_index.shape).contiguous()
 
     def forward(
-        self, x: torch.Tensor, text: torch.Tensor | None, text_mask: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        text: torch.Tensor | None = None,
+        text_mask: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``x`` (P, H, W, C), ``text`` (P, T, D), ``text_mask`` bool (P, T) -> like ``x``."""
+        """``x`` (B, H, W, C), without text to the same; for the rest see
+        :class:`TextToWindowAttention`."""
         height, width = x.shape[1:3]
         window, shift = self.window, self.shift
         # Padding takes part in the attention: it is not masked.
@@ -126,7 +140,9 @@ class WindowAttention(nn.Module):
             x = torch.roll(x, (shift, shift), dims=(1, 2))
         # What follows is done token by token, so padding is of no more use.
         x = self.proj(x[:, :height, :width])
-        return x if self.text_attention is None else self.text_attention(x, text, text_mask)
+        if self.text_attention is None:
+            return x
+        return self.text_attention(x, text, text_mask, image_index)
 
 
 class SwinBlock(nn.Module):
@@ -175,9 +191,13 @@ class SwinBlock(nn.Module):
         x: torch.Tensor,
         text: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``x`` (P, H, W, C), ``text`` (P, T, D), ``text_mask`` bool (P, T) -> like ``x``."""
-        x = x + self.drop_path(self.attn(self.norm1(x), text, text_mask))
+        """``x`` (B, H, W, C), without text to the same. Fused blocks take ``text`` (P, T, D),
+        ``text_mask`` bool (P, T) and, where several captions share an image, ``image_index`` (P,),
+        and return (P, H, W, C); what precedes the text is computed once per image."""
+        attended = self.attn(self.norm1(x), text, text_mask, image_index)
+        x = of_pairs(x, image_index) + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
