@@ -143,6 +143,7 @@ def test_mistakes_are_one_line_and_status_2(run, predict, tiny, tmp_path):
         ((image, "--classes", "a", "--every", 0), "at least 1"),
         ((image, "--classes", "a", "--threshold", 40), "between 0 and 1"),
         ((image, "--classes", "a", "--picture-size", 9), "0 or at least 64"),
+        ((image, "--classes", "a", "--heatmaps", "--no-pictures"), "leave --no-pictures out"),
         ((image, "--caption", " "), "text with words"),
         ((image, "--classes", "a", "--output", "empty.txt/out"), "Not a directory"),
     ):

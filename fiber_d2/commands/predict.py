@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fiber_d2.data.images import read_pixels
+from fiber_d2.drawing import PANEL_SIDE
 from fiber_d2.engine.errors import (
     EXPECTED_ERRORS,
     FAILURE_EXIT_CODE,
@@ -29,10 +30,13 @@ from fiber_d2.files import save_json
 from fiber_d2.predictions import Prediction, coco_dataset
 from fiber_d2.predictor import Caption, Classes, Expression, Predictor
 from fiber_d2.queries import Query
-from fiber_d2.visualization import draw_found, save_png
+from fiber_d2.visualization import draw_found, draw_heatmaps, save_png
 
 IMAGES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"))
 VIDEOS = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"))
+# Words whose heat maps are drawn, of one image.
+HEATMAPS = 9
+MIN_PICTURE = 64
 CONFIG, WEIGHTS = "quickstart", os.path.join("output", "quickstart", "model_final.pth")
 
 EPILOG = f"""examples:
@@ -40,6 +44,7 @@ EPILOG = f"""examples:
   fiber-d2 predict photos/ 'more/*.png' --classes-file names.txt --coco --config C --weights W.pth
   fiber-d2 predict photo.jpg --caption "a man with a dog on a leash" --config C --weights W.pth
   fiber-d2 predict photo.jpg --expression "the man left of the tree" --config C --weights W.pth
+  fiber-d2 predict photo.jpg --caption "a man with a dog" --heatmaps --config C --weights W.pth
   fiber-d2 predict ride.mp4 --classes car --every 5 --config C --weights W.pth
   fiber-d2 predict photo.jpg --classes cat --json --no-pictures > found.json
 Without --config and --weights the model of the quickstart answers ({WEIGHTS}).
@@ -78,6 +83,10 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--coco", action="store_true", help="write coco.json as well")
     add("--json", action="store_true", help="print predictions.json instead of a summary")
     add("--no-pictures", action="store_true", help="write numbers only")
+    add("--heatmaps", action="store_true", help="of images, draw as well where each word is seen "
+        f"(of many classes those found, {HEATMAPS} at most)")  # fmt: skip
+    add("--picture-size", type=int, default=2 * PANEL_SIDE, metavar="PIXELS", help="longer side "
+        "of the image in pictures (default: %(default)s); 0 for its own")  # fmt: skip
     return parser
 
 
@@ -165,6 +174,18 @@ class Answers:
             instances.scores.tolist(),
             order=found.targets,
             caption=self._caption,
+            panel_side=self.args.picture_size or None,
+        )
+
+    def heatmaps(self, image: np.ndarray, found: Prediction) -> np.ndarray:
+        """Where words are seen: all, or of many those that were found, the best first."""
+        words = None
+        if len(found.targets) > HEATMAPS:
+            words = list(dict.fromkeys([*found.words, *found.targets]))[:HEATMAPS]
+        return draw_heatmaps(
+            np.ascontiguousarray(image[:, :, ::-1]),
+            self.predictor.token_heatmaps(image, self.question, words),
+            caption=self._caption,
         )
 
     def do_images(self, paths: Sequence[str]) -> None:
@@ -185,6 +206,9 @@ class Answers:
             if not self.args.no_pictures:
                 save_png(self.output / "pictures" / self._name(path, ".png"),
                          self.picture(image, found))  # fmt: skip
+            if self.args.heatmaps:
+                save_png(self.output / "pictures" / self._name(path, "_heatmap.png"),
+                         self.heatmaps(image, found))  # fmt: skip
 
     def do_video(self, path: str) -> None:
         with closing(_Video(path, self.args.every)) as video:
@@ -256,6 +280,12 @@ class _Video:
 def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1 or args.every < 1:
         raise ValueError("--batch-size and --every have to be at least 1.")
+    if args.picture_size and args.picture_size < MIN_PICTURE:
+        raise ValueError(
+            f"--picture-size is {args.picture_size}, but is 0 or at least {MIN_PICTURE}."
+        )
+    if args.heatmaps and args.no_pictures:
+        raise ValueError("--heatmaps are pictures: leave --no-pictures out.")
     question = question_of(args)
     paths = find_inputs(args.inputs)
     weights = args.weights
