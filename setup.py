@@ -126,6 +126,8 @@ REQUIREMENTS = [
     "tqdm",
 ]
 FAST = ["faster-coco-eval>=1.5"]
+# Pure Python, no further requirements; tensorboard brings Werkzeug along anyway.
+DEMO = ["waitress>=2.1", "Werkzeug>=2.3"]
 
 setup(
     name="fiber_d2",
@@ -137,16 +139,22 @@ setup(
     license="MIT",
     python_requires=">=3.9",
     packages=find_packages(include=["fiber_d2", "fiber_d2.*"]),
-    package_data={"fiber_d2.data": ["assets/*.json"], "fiber_d2.text": ["assets/*.json"]},
+    package_data={
+        "fiber_d2.data": ["assets/*.json"],
+        "fiber_d2.demo": ["static/*"],
+        "fiber_d2.text": ["assets/*.json"],
+    },
     ext_modules=EXTENSIONS,
     cmdclass={"build_py": BuildWithConfigs, **COMMANDS},
     install_requires=REQUIREMENTS,
     extras_require={
         "fast": FAST,
         "lvis": ["lvis>=0.5.3"],
-        # Drawing needs nothing beyond the requirements so far.
-        "demo": [],
-        "dev": [*FAST, "hypothesis>=6", "pytest>=7", "ruff>=0.6", "scipy"],
+        "demo": DEMO,
+        # A headless Chromium without any package of the system. Only a test uses it, in a process
+        # of its own: it is under the GPL.
+        "browser-test": ["PyQt6-WebEngine"],
+        "dev": [*FAST, *DEMO, "hypothesis>=6", "pytest>=7", "ruff>=0.6", "scipy"],
     },
     entry_points={
         "console_scripts": [

@@ -11,6 +11,7 @@ PROGRAM = "fiber-d2"
 # Name: what help says of it.
 COMMANDS = {
     "predict": "find what is asked for in images and videos",
+    "demo": "a page in the browser: a picture, a text, and the boxes that belong to its words",
     "train": "train a model (as train_net.py)",
     "eval": "score a model on test sets (as train_net.py --eval-only)",
     "validate": "check a data set before it costs a training run",

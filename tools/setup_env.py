@@ -43,7 +43,7 @@ for name, version in {(d.metadata["Name"], d.version) for d in m.distributions()
 # Found, not imported: importing torch takes seconds.
 LOOK = """
 import importlib.util, sys
-names = "torch torchvision transformers timm pycocotools detectron2 fiber_d2 pytest ruff"
+names = "torch torchvision transformers timm pycocotools detectron2 fiber_d2 pytest ruff waitress"
 sys.exit(any(importlib.util.find_spec(name) is None for name in names.split()))
 """
 
@@ -210,6 +210,17 @@ def write_constraints(environment: Environment) -> None:
     environment.constraints.write_text(pins, encoding="utf-8")
 
 
+def add_browser(environment: Environment) -> None:
+    """A headless Chromium for one test, which is skipped where there is none: no failure."""
+    if environment.keep_installed:
+        say("left out here; the test that wants it is skipped (pip install PyQt6-WebEngine)")
+        return
+    try:
+        environment.pip_install("--only-binary", ":all:", "PyQt6-WebEngine")
+    except SetupError as error:
+        say(f"going on without it, and the test that wants it will be skipped: {error}")
+
+
 def set_up(environment: Environment) -> None:
     """Run the steps. Building this project comes after setuptools, Detectron2 after torch."""
     steps = (
@@ -224,6 +235,7 @@ def set_up(environment: Environment) -> None:
         # Only tests use it. Its requirements would bring a second cv2, one that needs libGL.
         ("lvis, for the tests", lambda: environment.pip_install("--no-deps", "lvis")),
         ("Detectron2", lambda: environment.run("tools/install_detectron2.py")),
+        ("a browser, for the test of the demo's page", lambda: add_browser(environment)),
     )
     write_constraints(environment)
     environment.log.write_text("", encoding="utf-8")

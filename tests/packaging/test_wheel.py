@@ -146,6 +146,8 @@ def test_contents(sdist, wheel):
     }
     assert configs <= names
     assert {"fiber_d2/text/assets/shapes_tokenizer.json", "fiber_d2/version.py"} <= names
+    page = {"index.html", "demo.css", "demo.js"}
+    assert {f"fiber_d2/demo/static/{name}" for name in page} <= names
     # Names that belong to others, were they installed beside the package.
     top_level = {name.split("/")[0] for name in names}
     assert top_level == {"fiber_d2", f"{NAME}.dist-info"}
