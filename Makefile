@@ -16,12 +16,13 @@ PY := $(FIBER_ENV)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test lint format test-quick test-slow clean
+.PHONY: help env quickstart test lint format test-quick test-slow docs clean
 
 help:
 	@echo "make quickstart   train a small FIBER on generated data, evaluate it, draw pictures"
 	@echo "make test         lint, quick tests, slow tests"
 	@echo "make test-quick, make test-slow, make lint, make format"
+	@echo "make docs         the documentation as a site in build/docs; broken links are errors"
 	@echo "make env          only set up the Python environment"
 	@echo "make clean        remove results of builds and caches (not the environment, not output/)"
 
@@ -51,6 +52,10 @@ test-quick: env
 
 test-slow: env
 	"$(PY)" -m pytest -m slow --durations=10
+
+docs: env
+	"$(PY)" -m mkdocs build --strict --quiet
+	@echo "build/docs/index.html"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

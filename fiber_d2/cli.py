@@ -35,7 +35,7 @@ TRAIN_EPILOG = """examples:
   fiber-d2 train finetune/custom_coco data.train_json=T.json data.val_json=V.json \\
       data.image_root=IMAGES
   fiber-d2 train my_recipe.py --import my_datasets.py --num-gpus 8
-  fiber-d2 train quickstart --num-gpus 2 train.device=cpu        (two processes on the CPU)
+  fiber-d2 train quickstart --num-gpus 2 train.device=cpu        # two processes on the CPU
 NAME is a file, or a recipe that comes with fiber_d2: `fiber-d2 info --json` lists them under
 "configs". docs/training.md tells what is logged, docs/scaling.md of several machines.
 """
