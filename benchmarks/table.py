@@ -93,6 +93,21 @@ def deform_conv_table(report: dict[str, Any]) -> str:
     return markdown(["case", "method", "forward, s", "forward and backward, s"], rows)
 
 
+def focal_loss_table(report: dict[str, Any]) -> str:
+    rows = [
+        [
+            case,
+            method,
+            *(f"{1000 * seconds[part]['median']:.2f}" for part in ("forward", "both")),
+            f"{found['extra_memory_mib'][method]:.1f}",
+        ]
+        for case, found in report["cases"].items()
+        for method, seconds in found["seconds"].items()
+    ]
+    head = ["case", "method", "forward, ms", "forward and backward, ms", "extra memory, MiB"]
+    return markdown(head, rows)
+
+
 def data_loading_table(report: dict[str, Any]) -> str:
     sizes = report["results"]
     kinds = list(next(iter(sizes.values()))["images_per_second"])
@@ -121,6 +136,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "chunks": comparison_table,
     "training_step": comparison_table,
     "deform_conv": deform_conv_table,
+    "focal_loss": focal_loss_table,
     "data_loading": data_loading_table,
     "lvis_scoring": lvis_scoring_table,
     "flickr_scoring": flickr_scoring_table,

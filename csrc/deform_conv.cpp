@@ -13,14 +13,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-// One binary for old and new processors: the loader picks the version that the machine can run.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EACH_CPU __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#define INLINE inline __attribute__((always_inline))
-#else
-#define FOR_EACH_CPU
-#define INLINE inline
-#endif
+#include "cpu_versions.h"
 
 namespace fiber_d2 {
 namespace {

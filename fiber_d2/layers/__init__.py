@@ -3,7 +3,7 @@
 from .deform_conv import flat_offset_view, modulated_deform_conv2d, resampled_offset_view
 from .drop_block import DropBlock2d
 from .dyrelu import DyReLU, hard_sigmoid
-from .focal_loss import token_sigmoid_focal_loss
+from .focal_loss import assigned_token_focal_loss, token_sigmoid_focal_loss
 from .layer_norm import LayerNorm
 from .nms import class_aware_nms
 from .recompute import call_block
@@ -12,6 +12,7 @@ __all__ = [
     "DropBlock2d",
     "DyReLU",
     "LayerNorm",
+    "assigned_token_focal_loss",
     "call_block",
     "class_aware_nms",
     "flat_offset_view",

@@ -11,13 +11,15 @@ from .compiled import is_compiled, why_not_compiled
 
 def describe() -> str:
     """One line for each operator and kind of device."""
-    cpu = "compiled (csrc/deform_conv.cpp)"
+    cpu, loss = "compiled (csrc/deform_conv.cpp)", "compiled (csrc/focal_loss.cpp)"
     if not is_compiled():
         cpu = f"PyTorch (embedding_bag, matrix product); compiled operators: {why_not_compiled()}"
+        loss = "PyTorch, a piece of the anchors at a time"
     rows = [
         ("modulated_deform_conv2d, CPU", cpu),
         ("modulated_deform_conv2d, CUDA", "torchvision"),
-        ("token_sigmoid_focal_loss", "PyTorch"),
+        ("assigned_token_focal_loss, CPU", loss),
+        ("assigned_token_focal_loss, CUDA", "PyTorch, a piece of the anchors at a time"),
         ("class_aware_nms", "torchvision for continuous boxes, PyTorch for the legacy +1"),
     ]
     width = max(len(name) for name, _ in rows)

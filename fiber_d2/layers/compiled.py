@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 BUILD_COMMAND = "python setup.py build_ext --inplace"
+OPERATORS = ("deform_conv2d", "token_focal_loss")
 
 
 def is_compiled() -> bool:
@@ -33,10 +34,12 @@ def _load() -> str | None:
         return f"they were not built: run `{BUILD_COMMAND}` in the checkout, with a C++ compiler"
     except ImportError as error:
         return f"they were built for another torch ({error}): run `{BUILD_COMMAND}` again"
+    if not all(hasattr(torch.ops.fiber_d2, name) for name in OPERATORS):
+        return f"they were built from older sources: run `{BUILD_COMMAND}` again"
     return None
 
 
-def _register() -> None:
+def _register_deform_conv() -> None:
     @torch.library.register_fake("fiber_d2::deform_conv2d")
     def shape_of_result(
         x: torch.Tensor,
@@ -82,6 +85,47 @@ def _register() -> None:
     torch.library.register_autograd("fiber_d2::deform_conv2d", backward, setup_context=remember)
 
 
+def _register_focal_loss() -> None:
+    @torch.library.register_fake("fiber_d2::token_focal_loss")
+    def scalar_of_result(
+        logits: torch.Tensor,
+        assigned: torch.Tensor,
+        positive_map: torch.Tensor,
+        token_mask: torch.Tensor,
+        no_object_column: int,
+        alpha: float,
+        gamma: float,
+    ) -> torch.Tensor:
+        double = logits.dtype == torch.float64
+        return logits.new_empty((), dtype=torch.float64 if double else torch.float32)
+
+    @torch.library.register_fake("fiber_d2::token_focal_loss_backward")
+    def shape_of_gradient(
+        grad: torch.Tensor,
+        logits: torch.Tensor,
+        assigned: torch.Tensor,
+        positive_map: torch.Tensor,
+        token_mask: torch.Tensor,
+        no_object_column: int,
+        alpha: float,
+        gamma: float,
+    ) -> torch.Tensor:
+        return logits.new_empty(logits.shape)
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        *tensors, ctx.column, ctx.alpha, ctx.gamma = inputs
+        ctx.save_for_backward(*tensors)
+
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits = torch.ops.fiber_d2.token_focal_loss_backward(
+            grad, *ctx.saved_tensors, ctx.column, ctx.alpha, ctx.gamma
+        )
+        return (logits, *[None] * 6)
+
+    torch.library.register_autograd("fiber_d2::token_focal_loss", backward, setup_context=remember)
+
+
 _REASON = _load()
 if _REASON is None:
-    _register()
+    _register_deform_conv()
+    _register_focal_loss()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from detectron2.utils import comm
 from torch import nn
 
-from fiber_d2.layers import token_sigmoid_focal_loss
+from fiber_d2.layers import assigned_token_focal_loss
 
 from .assigner import ATSSAssigner
 from .boxes import centerness_targets, decode_boxes, generalized_iou
@@ -86,22 +86,22 @@ class GroundingLoss(nn.Module):
         """
         assigned = self.assigner(anchors_per_level, boxes, valid)  # (B, A)
         positive = assigned >= 0
-        batch, num_anchors, num_tokens = token_logits.shape
-        if boxes.shape[1] == 0:
-            # One all-zero box that nothing is assigned to keeps the shapes regular.
-            boxes = boxes.new_zeros(batch, 1, 4)
-            positive_map = positive_map.new_zeros(batch, 1, num_tokens)
-        row = assigned.clamp(min=0)
-
-        target = positive_map.gather(1, row[..., None].expand(-1, -1, num_tokens))
-        target = target * positive[..., None]
-        if num_tokens > self.no_object_column:
-            target[..., self.no_object_column].masked_fill_(~positive, 1)
-        token_loss = token_sigmoid_focal_loss(
-            token_logits, target, text_mask, alpha=self.focal_alpha, gamma=self.focal_gamma
+        token_loss = assigned_token_focal_loss(
+            token_logits,
+            assigned,
+            positive_map,
+            text_mask,
+            no_object_column=self.no_object_column,
+            alpha=self.focal_alpha,
+            gamma=self.focal_gamma,
         )
 
         anchors = torch.cat(list(anchors_per_level))
+        batch = len(boxes)
+        if boxes.shape[1] == 0:
+            # One all-zero box that nothing is assigned to keeps the shapes regular.
+            boxes = boxes.new_zeros(batch, 1, 4)
+        row = assigned.clamp(min=0)
         target_box = boxes.gather(1, row[..., None].expand(-1, -1, 4))  # (B, A, 4)
         weight = centerness_targets(target_box, anchors) * positive
         overlap = generalized_iou(decode_boxes(box_deltas.float(), anchors), target_box)
