@@ -138,8 +138,9 @@ class WindowAttention(nn.Module):
         x = window_reverse(window_attention(qkv, self.position_bias(), regions), window)
         if shift:
             x = torch.roll(x, (shift, shift), dims=(1, 2))
-        # What follows is done token by token, so padding is of no more use.
-        x = self.proj(x[:, :height, :width])
+        # What follows is done token by token, so padding is of no more use. Of a view that is not
+        # contiguous torch would make one matrix product or several, as weights learn or not.
+        x = self.proj(x[:, :height, :width].contiguous())
         if self.text_attention is None:
             return x
         return self.text_attention(x, text, text_mask, image_index)
