@@ -129,6 +129,7 @@ REQUIREMENTS = [
 FAST = ["faster-coco-eval>=1.5"]
 # Pure Python, no further requirements; tensorboard brings Werkzeug along anyway.
 DEMO = ["waitress>=2.1", "Werkzeug>=2.3"]
+DOCS = ["mkdocs>=1.6", "mkdocstrings-python>=1.16"]
 
 setup(
     name="fiber_d2",
@@ -150,12 +151,13 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         "fast": FAST,
+        "docs": DOCS,
         "lvis": ["lvis>=0.5.3"],
         "demo": DEMO,
         # A headless Chromium without any package of the system. Only a test uses it, in a process
         # of its own: it is under the GPL.
         "browser-test": ["PyQt6-WebEngine"],
-        "dev": [*FAST, *DEMO, "hypothesis>=6", "pytest>=7", "ruff>=0.6", "scipy"],
+        "dev": [*FAST, *DEMO, *DOCS, "hypothesis>=6", "pytest>=7", "ruff>=0.6", "scipy"],
     },
     entry_points={
         "console_scripts": [
