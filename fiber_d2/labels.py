@@ -197,9 +197,9 @@ def draw_boxes(
     picture = Image.fromarray(image)
     pen = ImageDraw.Draw(picture)
     thick = line_width(side)
-    # Large ones first: small ones stay visible.
+    # Large ones first: small ones stay visible, and of equal ones the first, which is the best.
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-    for index in np.argsort(-areas, kind="stable").tolist():
+    for index in np.lexsort((-np.arange(len(boxes)), -areas)).tolist():
         _draw_box(pen, boxes[index], colors[words[index]], thick, (width, height))
     labels = layout_labels(boxes, words, notes, (width, height), letter_size(side))
     for label, box, word in zip(labels, boxes, words):

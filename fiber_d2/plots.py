@@ -124,8 +124,10 @@ def class_ap_figure(curves: PrecisionCurves, *, title: str = "", limit: int = 40
     axes = figure.subplots()
     if np.isclose(curves.iou, 0.5).any():
         axes.barh(places, curves.class_ap(0.5)[order], color=_BLUES[0], label="AP50")
-    bars = axes.barh(places, values[order], color=_BLUES[1], height=0.5, label="AP")
-    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.barh(places, values[order], color=_BLUES[1], height=0.5, label="AP")
+    for place, index in zip(places, order):
+        # Beside the bars, where neither they nor the line of the mean are in the way.
+        axes.text(101, place, f"{values[index]:.1f}", fontsize=8, verticalalignment="center")
     names = [_short(str(curves.names[index])) for index in order]
     axes.set_yticks(places, names, fontsize=8, parse_math=False)
     axes.set(xlim=(0, 100), ylim=(places[-1] + 0.7, -0.7), xlabel="AP in percent")

@@ -123,6 +123,16 @@ def test_boxes_are_lines_of_their_colour_on_their_sides():
         assert (picture[y1 - 12 : y1 - 4, x1 : x1 + 14] == colors[word]).all(axis=2).sum() > 20
 
 
+def test_small_boxes_and_the_first_of_equal_ones_are_on_top():
+    image = np.full((200, 200, 3), 90, np.uint8)
+    colors = dict(zip("abc", PALETTE))
+    boxes = [[50, 50, 150, 150], [50, 50, 150, 150], [100, 50, 150, 190]]
+    for order in ([0, 1, 2], [2, 0, 1]):
+        words = ["abc"[i] for i in order]
+        picture = draw_boxes(image, np.array(boxes)[order], words, [""] * 3, colors)
+        assert tuple(picture[130, 50]) == colors["a"] and tuple(picture[130, 150]) == colors["c"]
+
+
 def test_boxes_of_any_form_are_drawn_inside():
     image = np.full((60, 90, 3), 90, np.uint8)
     odd = [[-50, -50, 500, 500], [80, 50, 10, 5], [np.nan, 0, 9, np.inf], [40, 40, 40, 40]]
