@@ -31,7 +31,7 @@ EPILOG = f"""examples:
   fiber-d2 demo
   fiber-d2 demo --config C --weights W.pth --examples photos/ --port 8000
 Without --config and --weights the model of the quickstart answers ({WEIGHTS}).
-Needs the extra `demo`: pip install "fiber_d2[demo]". Ctrl-C ends it.
+Needs waitress, as the extra `demo` installs it. Ctrl-C ends it.
 Exit status: 0 when it was ended, 2 for a mistake in the command.
 """
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         import waitress
     except ImportError as error:
         raise ValueError(
-            'The demo needs waitress, which is not installed: pip install "fiber_d2[demo]".'
+            "The demo needs waitress, which is not installed: pip install waitress."
         ) from error
     if not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold is {args.threshold}, but lies between 0 and 1.")

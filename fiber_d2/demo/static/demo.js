@@ -265,6 +265,7 @@ async function start() {
   $("text").maxLength = about.limits.characters;
   $("threshold").value = about.threshold;
   draw();
+  if (about.examples.length) $("examples").append("or try");
   $("examples").append(
     ...about.examples.map(({ name }, index) => {
       const image = element("img", { src: `api/examples/${index}`, alt: `Example: ${name}` });
