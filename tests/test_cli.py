@@ -116,18 +116,43 @@ def test_a_bad_image_is_left_out(predict, tiny, tmp_path):
     assert err.count("left out:") == 1 and "a.jpg" in err and "Traceback" not in err
 
 
-def test_video(predict, tmp_path):
-    writer = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
+@pytest.fixture
+def video(tmp_path):
+    """Five frames, ten a second."""
+    path = tmp_path / "v.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
     assert writer.isOpened()
     for shade in range(5):
         writer.write(np.full((48, 64, 3), 40 * shade, np.uint8))
     writer.release()
+    return path
+
+
+def test_video(predict, tmp_path, video):
     code, _, _ = predict("v.avi", "--classes", "circle", "--every", 2, "--threshold", 0.01)
     assert code == 0
     found = json.loads((tmp_path / "output/predict/predictions.json").read_text())
     assert list(found) == ["v.avi#0", "v.avi#2", "v.avi#4"]
     written = cv2.VideoCapture(str(tmp_path / "output/predict/pictures/v.mp4"))
     assert written.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and written.get(cv2.CAP_PROP_FPS) == 5
+
+
+def test_webcam(predict, tmp_path, video, monkeypatch):
+    """As OpenCV opens one: by a number. A file stands in for the device."""
+    opened, capture = [], cv2.VideoCapture
+
+    def open_device(number):
+        opened.append(number)
+        return capture(str(video) if number == 1 else "")
+
+    monkeypatch.setattr(cv2, "VideoCapture", open_device)
+    code, out, _ = predict("webcam:1", "--classes", "circle", "--frames", 2, "--every", 2)
+    assert code == 0 and "in 2 images" in out and opened == [1]
+    found = json.loads((tmp_path / "output/predict/predictions.json").read_text())
+    assert list(found) == ["webcam:1#0", "webcam:1#2"]
+    assert (tmp_path / "output/predict/pictures/webcam_1.mp4").is_file()
+    code, _, err = predict("webcam", "--classes", "circle")
+    assert code == 1 and opened[1:] == [0] and "webcam cannot be opened" in err
 
 
 def test_mistakes_are_one_line_and_status_2(run, predict, tiny, tmp_path):
@@ -140,7 +165,8 @@ def test_mistakes_are_one_line_and_status_2(run, predict, tiny, tmp_path):
         ((image, "--classes-file", "absent.txt"), "absent.txt does not exist"),
         ((image, "--classes-file", "empty.txt"), "holds no name"),
         ((image, "--caption", "a cat", "--template", "a {}"), "--template goes with"),
-        ((image, "--classes", "a", "--every", 0), "at least 1"),
+        ((image, "--classes", "a", "--every", 0), "--every is 0, but is at least 1"),
+        ((image, "--classes", "a", "--frames", -1), "at least 1"),
         ((image, "--classes", "a", "--threshold", 40), "between 0 and 1"),
         ((image, "--classes", "a", "--picture-size", 9), "0 or at least 64"),
         ((image, "--classes", "a", "--heatmaps", "--no-pictures"), "leave --no-pictures out"),

@@ -27,6 +27,15 @@ ROLE = re.compile(r":(?:class|data|func|meth|mod):<code>~?([\w.]+)</code>")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
 
 
+def on_config(config: Any) -> Any:
+    """Pages that `nav` does not list come last."""
+    listed = set(re.findall(r"[\w-]+\.md", str(config["nav"])))
+    others = sorted({path.name for path in (ROOT / "docs").glob("*.md")} - listed)
+    if others:
+        config["nav"].append({"More": others})
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages."""
     for uri, path in PAGES.items():

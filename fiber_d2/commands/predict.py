@@ -37,6 +37,7 @@ VIDEOS = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"))
 # Words whose heat maps are drawn, of one image.
 HEATMAPS = 9
 MIN_PICTURE = 64
+_WEBCAM = re.compile(r"webcam(?::(\d+))?")
 CONFIG, WEIGHTS = "quickstart", os.path.join("output", "quickstart", "model_final.pth")
 
 EPILOG = f"""examples:
@@ -46,6 +47,7 @@ EPILOG = f"""examples:
   fiber-d2 predict photo.jpg --expression "the man left of the tree" --config C --weights W.pth
   fiber-d2 predict photo.jpg --caption "a man with a dog" --heatmaps --config C --weights W.pth
   fiber-d2 predict ride.mp4 --classes car --every 5 --config C --weights W.pth
+  fiber-d2 predict webcam --caption "a cup on a table" --frames 100 --config C --weights W.pth
   fiber-d2 predict photo.jpg --classes cat --json --no-pictures > found.json
 Without --config and --weights the model of the quickstart answers ({WEIGHTS}).
 Exit status: 0 fine, 1 where some of the images could not be read, 2 for a mistake in the command,
@@ -61,7 +63,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="image, folder, pattern, or video file")
+    add("inputs", nargs="+", metavar="INPUT", help="image, folder, pattern, video file, or "
+        "webcam (webcam:1 is the second)")  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--classes", nargs="+", metavar="NAME", help="names to look for")
     what.add_argument("--classes-file", metavar="F", help="the same, one name a line")
@@ -80,6 +83,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=4, metavar="N", help="default: %(default)s")
     add("--device", help="such as cpu, cuda:1 (default: a GPU where there is one)")
     add("--every", type=int, default=1, metavar="N", help="of a video, every Nth frame")
+    add("--frames", type=int, metavar="N", help="of a video, so many of them at most (default: "
+        "all; of a webcam until Ctrl-C)")  # fmt: skip
     add("--coco", action="store_true", help="write coco.json as well")
     add("--json", action="store_true", help="print predictions.json instead of a summary")
     add("--no-pictures", action="store_true", help="write numbers only")
@@ -120,7 +125,9 @@ def find_inputs(inputs: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for given in inputs:
-        if os.path.isdir(given):
+        if _WEBCAM.fullmatch(given) and not os.path.exists(given):
+            paths = [given]
+        elif os.path.isdir(given):
             paths = sorted(str(p) for p in Path(given).rglob("*") if _kind(p) and p.is_file())
         elif os.path.isfile(given):
             paths = [given]
@@ -133,6 +140,8 @@ def find_inputs(inputs: Sequence[str]) -> list[str]:
 
 
 def _kind(path: str | os.PathLike[str]) -> str | None:
+    if _WEBCAM.fullmatch(os.fspath(path)):
+        return "video"
     extension = os.path.splitext(path)[1].lower()
     return "video" if extension in VIDEOS else "image" if extension in IMAGES else None
 
@@ -211,7 +220,7 @@ class Answers:
                          self.heatmaps(image, found))  # fmt: skip
 
     def do_video(self, path: str) -> None:
-        with closing(_Video(path, self.args.every)) as video:
+        with closing(_Video(path, self.args.every, self.args.frames)) as video:
             if not video.opened:
                 self._fail(ValueError(f"The video {path} cannot be opened by OpenCV."))
                 return
@@ -255,18 +264,22 @@ class Answers:
 
 
 class _Video:
-    """Every Nth frame of a file, BGR, with its number."""
+    """Every Nth frame of a file or webcam, BGR, with its number; at most so many."""
 
-    def __init__(self, path: str, every: int) -> None:
-        self._capture, self._every = cv2.VideoCapture(path), every
+    def __init__(self, path: str, every: int, most: int | None) -> None:
+        webcam = _WEBCAM.fullmatch(path)
+        self._capture = cv2.VideoCapture(int(webcam[1] or 0) if webcam else path)
+        self._every, self._most = every, most
         self.opened = self._capture.isOpened()
         self.rate = (self._capture.get(cv2.CAP_PROP_FPS) or 25.0) / every
         frames = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        self.total = -(-frames // every) if frames > 0 else None
+        self.total = -(-frames // every) if frames > 0 else most
+        if self.total is not None and most is not None:
+            self.total = min(self.total, most)
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         number = 0
-        while self._capture.grab():
+        while (self._most is None or number < self._most * self._every) and self._capture.grab():
             if number % self._every == 0:
                 there, frame = self._capture.retrieve()
                 if there:
@@ -278,8 +291,10 @@ class _Video:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.batch_size < 1 or args.every < 1:
-        raise ValueError("--batch-size and --every have to be at least 1.")
+    for option in ("batch_size", "every", "frames"):
+        number = getattr(args, option)
+        if number is not None and number < 1:
+            raise ValueError(f"--{option.replace('_', '-')} is {number}, but is at least 1.")
     if args.picture_size and args.picture_size < MIN_PICTURE:
         raise ValueError(
             f"--picture-size is {args.picture_size}, but is 0 or at least {MIN_PICTURE}."

@@ -24,6 +24,8 @@ OWN = re.compile(r"C|(.*/)?[CF]\.(py|yaml)|my_\w+\.py|.*\b[A-Z_]{3,}\b.*|.*\.\.\
 def commands_of(text):
     """Commands in blocks and in the cells of tables, without comments, continued lines joined."""
     cells = re.findall(r"`((?:fiber-d2|python) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    # Of other commands prose names an option, not all that they need.
+    cells = [cell if re.match("fiber-d2 (train|eval)", cell) else f"{cell} ..." for cell in cells]
     blocks = [block.text for block in blocks_of(text) if block.language in ("", "bash", "sh")]
     for line in [*re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines(), *cells]:
         with contextlib.suppress(ValueError):  # an apostrophe of ordinary text
@@ -124,13 +126,13 @@ def check_run(words, prog="train_net.py", leading_name=False):
 
 
 def check_command(words):
-    name, rest = (words or ["--help"])[0], words[1:]
+    name, rest = words[0] if words and words[0] != "..." else "--help", words[1:]
     assert name in (*cli.COMMANDS, "COMMAND", "--help"), name
-    if not rest:
+    if rest in ([], ["..."]):
         return None
     if name in ("train", "eval"):
         return check_run(rest, f"fiber-d2 {name}", leading_name=True)
-    if rest == ["--help"] or not (REPOSITORY / f"fiber_d2/commands/{name}.py").is_file():
+    if "--help" in rest or not (REPOSITORY / f"fiber_d2/commands/{name}.py").is_file():
         return None
     if rest[0] == "config" and name == "convert":
         from fiber_d2.original_config.output import build_parser

@@ -30,9 +30,3 @@ def test_links(page):
         file = (path.parent / name).resolve() if name else path
         assert file.is_relative_to(REPOSITORY) and file.exists(), f"{page}: {target}"
         assert not anchor or anchor in anchors_of(file), f"{page}: {target}"
-
-
-def test_every_page_is_in_the_navigation():
-    navigation = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
-    for page in (REPOSITORY / "docs").glob("*.md"):
-        assert re.search(rf"- {re.escape(page.name)}$", navigation, re.MULTILINE), page.name
