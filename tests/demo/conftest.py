@@ -125,6 +125,6 @@ def browser(tmp_path_factory):
     browser = Browser(tmp_path_factory.mktemp("browser") / "browser.log")
     if browser.missing:
         browser.stop()
-        pytest.skip(f"no browser: {browser.missing} (pip install 'fiber_d2[browser-test]')")
+        pytest.skip(f"no browser: {browser.missing} (pip install PyQt6-WebEngine)")
     yield browser
     browser.stop()
