@@ -62,6 +62,7 @@ def catalogs():
     EVALUATORS.update(before[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if SNIPPETS[page]])
 def test_snippets(page, workplace, catalogs, tmp_path, monkeypatch):
     folder = tmp_path / "work"

@@ -265,7 +265,21 @@ def load_recipe(result, tmp_path):
     return load_config(str(path), [])
 
 
-@pytest.mark.parametrize("recipe", PUBLISHED)
+# One of each kind is quick.
+OTHERS = (
+    "pretrain/mixed_flickr_objects365_refexpclean.py",
+    "refexp/refcocoplus.py",
+    "refexp/refcocog.py",
+    "finetune/odinw_full.py",
+    "eval/flickr30k_test.py",
+    "eval/refcocoplus_testA.py",
+)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in OTHERS)) for name in PUBLISHED],
+)
 def test_published_files_are_the_recipes(recipe, write, tmp_path):
     files, pairs, left = PUBLISHED[recipe]
     original = read_files(write(*files), pairs)
