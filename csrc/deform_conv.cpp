@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include "cpu_versions.h"
+#include "product.h"
 
 namespace fiber_d2 {
 namespace {
@@ -252,10 +253,11 @@ at::Tensor forward(
       {g.batch, g.out_channels, g.out_height, g.out_width},
       x.options().memory_format(at::MemoryFormat::ChannelsLast));
   if (out.numel() == 0) return out;
-  const at::Tensor matrix = kernel_matrix(weight).t();
   const at::Tensor flat = out.permute({0, 2, 3, 1}).view({-1, g.out_channels});
   const at::Tensor zeros = at::zeros({g.channels}, x.options());
   const Tiles tiles(g, x.element_size());
+  at::AutoDispatchBelowADInplaceOrView no_autograd_here;
+  const Product product(kernel_matrix(weight), tiles.rows);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "deform_conv2d", [&] {
     at::parallel_for(0, tiles.total, 1, [&](int64_t first, int64_t last) {
       at::AutoDispatchBelowADInplaceOrView no_autograd;
@@ -274,11 +276,7 @@ at::Tensor forward(
             end,
             rows.mutable_data_ptr<scalar_t>());
         at::Tensor target = flat.narrow(0, image * g.positions() + begin, end - begin);
-        const at::Tensor sampled = rows.narrow(0, 0, end - begin);
-        if (bias.has_value())
-          at::addmm_out(target, *bias, sampled, matrix);
-        else
-          at::mm_out(target, sampled, matrix);
+        product.write(target, rows.narrow(0, 0, end - begin), bias);
       }
     });
   });
@@ -304,8 +302,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   if (grad.numel() == 0 || x.numel() == 0)
     return {grad_x, grad_offset, grad_mask, at::zeros_like(weight)};
 
-  const at::Tensor matrix = kernel_matrix(weight);
   const Tiles tiles(g, x.element_size());
+  at::AutoDispatchBelowADInplaceOrView no_autograd_here;
+  const Product product(kernel_matrix(weight).t().contiguous(), tiles.rows);
   // Each worker takes a run of tiles. Images that two workers share are summed apart, so that the
   // result depends on the number of threads alone, not on who was first.
   const int64_t workers = std::min<int64_t>(at::get_num_threads(), tiles.total);
@@ -343,7 +342,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
           const int64_t count = end - begin;
           const at::Tensor grad_tile = grad.narrow(0, image * g.positions() + begin, count);
           at::Tensor target = grad_rows.narrow(0, 0, count);
-          at::mm_out(target, grad_tile, matrix);
+          product.write(target, grad_tile, std::nullopt);
           scatter_tile(
               g,
               x.const_data_ptr<scalar_t>() + image * map_size,
@@ -358,7 +357,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
               grad_offset.mutable_data_ptr<scalar_t>() + image * 2 * g.points() * g.positions(),
               grad_mask.mutable_data_ptr<scalar_t>() + image * g.points() * g.positions(),
               waste.mutable_data_ptr<scalar_t>());
-          grad_matrix.addmm_(grad_tile.t(), rows.narrow(0, 0, count));
+          product.add(grad_matrix, grad_tile, rows.narrow(0, 0, count));
         }
       }
     });

@@ -27,7 +27,8 @@ STATE = Path("build", "setup")  # relative: pip splits PIP_CONSTRAINT at spaces
 DEPENDS_ON = (
     *("constraints.txt", "setup.py", "pyproject.toml"),
     *("tools/setup_env.py", "tools/install_detectron2.py"),
-    *("csrc/cpu_versions.h", "csrc/deform_conv.cpp", "csrc/focal_loss.cpp", "csrc/module.cpp"),
+    *("csrc/cpu_versions.h", "csrc/product.h"),
+    *("csrc/deform_conv.cpp", "csrc/focal_loss.cpp", "csrc/module.cpp"),
 )
 PINS_NEED = (3, 11)
 HEARTBEAT_SECONDS = 20

@@ -95,6 +95,16 @@ def test_single_precision_is_as_exact_as_that_of_torch():
 
 
 @compiled
+def test_products_are_those_of_torch_without_onednn():
+    inputs = draw_inputs(2, 33, 23, 21, 12, 1, 3.0, dtype=torch.float32)
+    found = run(operator, inputs, 1)
+    with torch.backends.mkldnn.flags(enabled=False):
+        expected = run(operator, inputs, 1)
+    for ours, theirs in zip(found, expected):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@compiled
 def test_gradients_are_those_of_finite_differences():
     inputs = [value.requires_grad_() for value in draw_inputs(1, 2, 4, 3, 2, 1, 0.4)]
     assert torch.autograd.gradcheck(lambda *leaves: operator(*leaves, 1), inputs)
