@@ -8,15 +8,19 @@ Boxes are float32 XYXY in pixels of the padded batch. A box covers ``x2 - x1 + 1
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-# The weights of (dx, dy, dw, dh) in the regression targets.
-CODE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+# The weights of dx and dy, and of dw and dh, in the regression targets. Factors, not tensors: to
+# make one on a GPU, the host would have to wait for it.
+SHIFT_WEIGHT, SIZE_WEIGHT = 10.0, 5.0
 # Largest log ratio of a decoded side to its anchor's.
 MAX_LOG_RATIO = math.log(1000.0 / 16)
+# Sets of map sizes whose anchors are kept, 0.3 MB each at 800 x 1216 pixels.
+KEPT_GRIDS = 16
 
 
 class AnchorGrid(nn.Module):
@@ -41,9 +45,13 @@ class AnchorGrid(nn.Module):
             )
         self.strides = tuple(strides)
         self.sizes = tuple(sizes)
+        # By device and map sizes, the one used last at the end; no part of the state dict.
+        self._kept: OrderedDict[object, list[torch.Tensor]] = OrderedDict()
 
     def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """For maps ``(P, C, H_l, W_l)``: anchors ``(H_l*W_l, 4)`` per level, row by row.
+
+        Those of the last sizes are kept and handed out again: they are not to be written to.
 
         Raises:
             ValueError: not as many maps as strides.
@@ -53,16 +61,41 @@ class AnchorGrid(nn.Module):
                 f"The pyramid has {len(levels)} levels, but there are {len(self.strides)} anchor "
                 "strides: give the anchors one stride and one size for each level."
             )
+        # What is traced has to compute its anchors, and may not leave stand-ins of tensors here.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_stand_in(levels[0]):
+            return self._compute(levels)
+        key = (levels[0].device, *(tuple(level.shape[-2:]) for level in levels))
+        anchors = self._kept.pop(key, None)
+        if anchors is None:
+            # Tensors made in inference mode could never be trained with.
+            with torch.inference_mode(False):
+                anchors = self._compute(levels)
+            while len(self._kept) >= KEPT_GRIDS:
+                self._kept.popitem(last=False)
+        self._kept[key] = anchors
+        return list(anchors)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies start without anchors."""
+        return {**self.__dict__, "_kept": OrderedDict()}
+
+    def _compute(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         anchors = []
         for level, stride, size in zip(levels, self.strides, self.sizes):
             height, width = level.shape[-2:]
             device = level.device
             y = torch.arange(height, device=device) * stride + (stride - 1) / 2
             x = torch.arange(width, device=device) * stride + (stride - 1) / 2
-            center = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)  # (H*W, 2)
+            y, x = torch.meshgrid(y, x, indexing="ij")
+            center = torch.stack([x, y], dim=-1).flatten(0, 1)  # (H*W, 2)
             half = (size - 1) / 2
             anchors.append(torch.cat([center - half, center + half], dim=-1).float())
         return anchors
+
+
+def _is_stand_in(tensor: torch.Tensor) -> bool:
+    """Whether it has a shape but no numbers, as while a program is exported."""
+    return tensor.device.type == "meta" or type(tensor) not in (torch.Tensor, nn.Parameter)
 
 
 def box_centers(boxes: torch.Tensor) -> torch.Tensor:
@@ -79,7 +112,7 @@ def encode_boxes(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     size = anchors[..., 2:] - anchors[..., :2] + 1
     shift = (box_centers(boxes) - box_centers(anchors)) / size
     log_ratio = ((boxes[..., 2:] - boxes[..., :2] + 1) / size).log()
-    return torch.cat([shift, log_ratio], dim=-1) * boxes.new_tensor(CODE_WEIGHTS)
+    return torch.cat([shift * SHIFT_WEIGHT, log_ratio * SIZE_WEIGHT], dim=-1)
 
 
 def decode_boxes(deltas: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
@@ -89,11 +122,10 @@ def decode_boxes(deltas: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         deltas: ``(..., 4)`` dx, dy, dw, dh.
         anchors: ``(..., 4)``, broadcast against ``deltas``.
     """
-    weights = deltas.new_tensor(CODE_WEIGHTS)
-    shift, log_ratio = (deltas / weights).split(2, dim=-1)
+    shift, log_ratio = deltas.split(2, dim=-1)
     size = anchors[..., 2:] - anchors[..., :2] + 1
-    center = box_centers(anchors) + shift * size
-    half = 0.5 * (size * log_ratio.clamp(max=MAX_LOG_RATIO).exp() - 1)
+    center = box_centers(anchors) + shift / SHIFT_WEIGHT * size
+    half = 0.5 * (size * (log_ratio / SIZE_WEIGHT).clamp(max=MAX_LOG_RATIO).exp() - 1)
     return torch.cat([center - half, center + half], dim=-1)
 
 

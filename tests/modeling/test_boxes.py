@@ -1,14 +1,19 @@
+import copy
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import generalized_box_iou
 
+from fiber_d2.modeling import boxes as module
 from fiber_d2.modeling.boxes import (
     AnchorGrid,
     centerness_targets,
     decode_boxes,
+    encode_boxes,
     generalized_iou,
     pairwise_iou_inclusive,
 )
@@ -29,6 +34,56 @@ def test_anchors_in_the_inclusive_convention():
     assert first[1].tolist() == [-20.0, -28.0, 43.0, 35.0]
     assert first[3].tolist() == [-28.0, -20.0, 35.0, 43.0]
     assert second[1].tolist() == [-40.0, -56.0, 87.0, 71.0]
+
+
+def test_anchors_of_the_last_sizes_are_kept(monkeypatch):
+    monkeypatch.setattr(module, "KEPT_GRIDS", 2)
+    grid = AnchorGrid(strides=(8,), sizes=(64,))
+    sizes = [(2, 3), (3, 2), (2, 2)]
+    maps = [torch.zeros(1, 1, *size) for size in sizes]
+    with torch.inference_mode():
+        first = grid(maps[:1])[0]
+    assert grid([torch.ones(5, 2, 2, 3)])[0] is first
+    assert torch.equal(grid(maps[1:2])[0][2], first[3])
+    grid(maps[:1])
+    grid(maps[2:])  # (3, 2) has not been asked for the longest time
+    assert [key[1] for key in grid._kept] == [(2, 3), (2, 2)]
+    assert not grid.state_dict() and not copy.deepcopy(grid)._kept
+    # Made in inference mode, and used in training all the same.
+    deltas = torch.zeros(6, 4, requires_grad=True)
+    decode_boxes(deltas, grid(maps[:1])[0]).sum().backward()
+    assert deltas.grad.abs().sum() > 0
+
+
+def test_what_is_traced_makes_its_own_anchors():
+    grid = AnchorGrid(strides=(8,), sizes=(64,))
+    expected = grid([torch.zeros(1, 1, 2, 3)])
+    with FakeTensorMode():
+        fakes = grid([torch.zeros(1, 1, 2, 3)]), grid([torch.zeros(1, 1, 4, 4)])
+    assert [len(levels[0]) for levels in fakes] == [6, 16]
+    traced = torch.jit.trace(lambda x: grid([x])[0], torch.zeros(1, 1, 4, 5), check_trace=False)
+    assert len(traced(torch.zeros(1, 1, 4, 5))) == 20
+    program = torch.export.export(_Anchors(grid), (torch.zeros(1, 1, 2, 3),), strict=False)
+    assert torch.equal(program.module()(torch.zeros(1, 1, 2, 3)), expected[0])
+    assert len(grid._kept) == 1
+    assert type(grid([torch.zeros(1, 1, 2, 3)])[0]) is torch.Tensor
+
+
+class _Anchors(torch.nn.Module):
+    def __init__(self, grid):
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x):
+        return self.grid([x])[0]
+
+
+def test_encoding_is_the_inverse_of_decoding():
+    anchors, targets = _boxes(20, 0), _boxes(20, 1)
+    code = encode_boxes(targets, anchors)
+    for row, box, anchor in zip(code, targets, anchors):
+        assert row.tolist() == pytest.approx(_encode(box.tolist(), anchor.tolist()), abs=1e-3)
+    torch.testing.assert_close(decode_boxes(code, anchors), targets, atol=1e-4, rtol=1e-5)
 
 
 def _encode(box, anchor):

@@ -1,5 +1,8 @@
+import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
 
 from fiber_d2.modeling import AnchorGrid, GroundingLoss
@@ -96,3 +99,58 @@ def test_negatives_claim_the_last_column_only_of_full_captions():
     torch.testing.assert_close(token_loss(5), claimed)
     short = torch.tensor([[True] * 5 + [False]])
     torch.testing.assert_close(token_loss(5, short), token_loss(255, short))
+
+
+class _Watch(TorchDispatchMode):
+    """Notes what the host would have to wait for: numbers and shapes from data, and copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        devices = {x.device.type for x in (*args, out) if isinstance(x, torch.Tensor) and x.dim()}
+        if len(devices) > 1 or "scalar_dense" in str(function) or "nonzero" in str(function):
+            self.found.append(str(function))
+        return out
+
+
+def _batch(device):
+    levels, *predictions = _inputs()
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    boxes = torch.tensor([[[4.0, 4, 30, 34], [20, 20, 60, 60]], [[10.0, 8, 40, 50], [0, 0, 0, 0]]])
+    valid = torch.tensor([[True, True], [True, False]])
+    positive_map = torch.rand(2, 2, 6) > 0.5
+    given = [*predictions, mask, boxes, valid, positive_map]
+    learns = [x.requires_grad and torch.is_grad_enabled() for x in given]
+    moved = [x.detach().to(device).requires_grad_(yes) for x, yes in zip(given, learns)]
+    return [level.to(device) for level in levels], *moved
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nothing_depends_on_numbers_that_the_host_would_wait_for(device):
+    """On tensors without numbers, also those of a GPU that is not there."""
+    # There is no backward pass for the devices of other machines.
+    with FakeTensorMode(), torch.set_grad_enabled(device == "cpu"):
+        batch = _batch(device)
+        with _Watch() as watch:
+            losses = GroundingLoss(no_object_column=5)(*batch)
+    assert watch.found == []
+    assert {loss.device.type for loss in losses.values()} == {device}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_host_does_not_wait_for_the_gpu():
+    batch = _batch("cuda")
+    objective = GroundingLoss(no_object_column=5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = objective(*batch)
+        gradients = torch.autograd.grad(sum(losses.values()), batch[1:4])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = objective(*_batch("cpu"))
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss.cpu(), expected[name], rtol=1e-4, atol=1e-5)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
