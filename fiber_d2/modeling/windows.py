@@ -62,9 +62,11 @@ def window_attention(
     if regions is None:
         return _fused(qkv.flatten(1, 2), bias[None]).unflatten(1, grid)
     # A bias for each window would be as large as the scores: only the edge gets one.
-    inner, edge = _split_edge(qkv)
     edge_bias = bias + _mask(_split_edge(regions[None])[1][0])[:, None]
     edge_bias = edge_bias.expand(len(qkv), -1, -1, -1, -1).flatten(0, 1)
+    if 1 in grid:
+        return _fused(qkv.flatten(1, 2), edge_bias).unflatten(1, grid)
+    inner, edge = _split_edge(qkv)
     return _join_edge(_fused(inner, bias[None]), _fused(edge, edge_bias), grid)
 
 
