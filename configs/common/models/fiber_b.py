@@ -81,4 +81,6 @@ model = L(FIBER)(
     pixel_mean=[103.53, 116.28, 123.675],
     pixel_std=[57.375, 57.12, 58.395],
     prompt_batch_size=16,
+    # Of evaluation: memory for what of captions is the same for all images, 0 for none.
+    text_cache_mib=256,
 )
