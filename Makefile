@@ -16,44 +16,47 @@ PY := $(FIBER_ENV)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test lint format test-quick test-slow docs clean
+.PHONY: help env test-env quickstart test lint format test-quick test-slow docs clean
 
 help:
 	@echo "make quickstart   train a small FIBER on generated data, evaluate it, draw pictures"
 	@echo "make test         lint, quick tests, slow tests"
 	@echo "make test-quick, make test-slow, make lint, make format"
 	@echo "make docs         the documentation as a site in build/docs; broken links are errors"
-	@echo "make env          only set up the Python environment"
+	@echo "make env          only set up the Python environment (test-env: for tests, too)"
 	@echo "make clean        remove results of builds and caches (not the environment, not output/)"
 
 env:
 	@"$(PYTHON)" tools/setup_env.py "$(FIBER_ENV)"
 
+test-env:
+	@"$(PYTHON)" tools/setup_env.py "$(FIBER_ENV)" --tests
+
 quickstart: env
 	"$(PY)" train_net.py --config-file configs/quickstart.py $(ARGS)
 
 # One recipe, not prerequisites, so that the order holds under `make -j` too.
-test: env
+test: test-env
 	"$(PY)" -m ruff check .
 	"$(PY)" -m ruff format --check .
 	"$(PY)" -m pytest -m "not slow"
 	"$(PY)" -m pytest -m slow --durations=10
 
-lint: env
+lint: test-env
 	"$(PY)" -m ruff check .
 	"$(PY)" -m ruff format --check .
 
-format: env
+format: test-env
 	"$(PY)" -m ruff check --fix .
 	"$(PY)" -m ruff format .
 
-test-quick: env
+test-quick: test-env
 	"$(PY)" -m pytest -m "not slow"
 
-test-slow: env
+test-slow: test-env
 	"$(PY)" -m pytest -m slow --durations=10
 
-docs: env
+docs: test-env
 	"$(PY)" -m mkdocs build --strict --quiet
 	@echo "build/docs/index.html"
 

@@ -3,6 +3,7 @@
 
     python3 tools/setup_env.py .venv      # make that virtual environment, with the tested versions
     python3 tools/setup_env.py current    # add what is missing to the environment of this python
+    python3 tools/setup_env.py .venv --tests    # the same, and what tests and documentation need
 
 A virtual environment gets the versions of constraints.txt. With `current`, where torch is installed
 already, nothing installed is changed: what is missing is added, in versions that fit the rest.
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,8 +46,19 @@ for name, version in {(d.metadata["Name"], d.version) for d in m.distributions()
 # Found, not imported: importing torch takes seconds.
 LOOK = """
 import importlib.util, sys
-names = "torch torchvision transformers timm pycocotools detectron2 fiber_d2 pytest ruff waitress"
-sys.exit(any(importlib.util.find_spec(name) is None for name in names.split()))
+sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))
+"""
+NEEDED = "torch torchvision transformers timm pycocotools detectron2 fiber_d2".split()
+TESTS_NEED = "pytest ruff hypothesis scipy lvis".split()
+
+# Of the project as it is installed, so that it is not built a second time for them.
+LIST_DEV = """
+import importlib.metadata
+from packaging.requirements import Requirement
+for text in importlib.metadata.requires("fiber_d2"):
+    requirement = Requirement(text)
+    if requirement.marker and requirement.marker.evaluate({"extra": "dev"}):
+        print(f"{requirement.name}{requirement.specifier}")
 """
 
 REPORT = """
@@ -108,27 +121,33 @@ class Environment:
         self.label = label
         self.keep_installed = keep_installed
         key = hashlib.sha256(self.python.encode()).hexdigest()[:12]
-        self.stamp = STATE / f"{key}.stamp"
+        self.stamps = {kind: STATE / f"{key}.{kind}" for kind in ("stamp", "tests-stamp")}
         self.log = STATE / f"{key}.log"
         self.constraints = STATE / f"{key}-constraints.txt"
 
-    def evaluate(self, code: str) -> subprocess.CompletedProcess:
+    def evaluate(self, code: str, *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [self.python, "-c", code],
+            [self.python, "-c", code, *arguments],
             stdin=subprocess.DEVNULL,
             text=True,
             capture_output=True,
             check=False,
         )
 
-    def is_ready(self) -> bool:
+    def is_ready(self, tests: bool) -> bool:
         """Set up before from the same files, and nothing was removed since."""
+        stamp = self.stamps["tests-stamp" if tests else "stamp"]
         return (
-            self.stamp.is_file()
-            and self.stamp.read_text(encoding="utf-8") == fingerprint()
+            stamp.is_file()
+            and stamp.read_text(encoding="utf-8") == fingerprint()
             and Path(self.python).exists()
-            and self.evaluate(LOOK).returncode == 0
+            and self.evaluate(LOOK, *NEEDED, *(TESTS_NEED if tests else ())).returncode == 0
         )
+
+    def mark_ready(self, tests: bool) -> None:
+        for kind, stamp in self.stamps.items():
+            if tests or kind == "stamp":
+                stamp.write_text(fingerprint(), encoding="utf-8")
 
     def run(self, *arguments: str) -> None:
         """Run this environment's python; the whole output goes to the log, the news to the screen.
@@ -222,22 +241,42 @@ def add_browser(environment: Environment) -> None:
         say(f"going on without it, and the test that wants it will be skipped: {error}")
 
 
-def set_up(environment: Environment) -> None:
+def add_dev(environment: Environment) -> None:
+    """What the extra ``dev`` of the installed project asks for.
+
+    Raises:
+        SetupError: it cannot be read or installed.
+    """
+    found = environment.evaluate(LIST_DEV)
+    if found.returncode != 0:
+        raise SetupError(f"the project's requirements cannot be read: {found.stderr.strip()}")
+    environment.pip_install(*found.stdout.split())
+
+
+def set_up(environment: Environment, tests: bool) -> None:
     """Run the steps. Building this project comes after setuptools, Detectron2 after torch."""
-    steps = (
-        (
-            "torch and torchvision (a few GB: the longest step)",
-            lambda: environment.pip_install("torch", "torchvision", "numpy", "setuptools", "wheel"),
-        ),
-        (
-            "the other libraries and this project (editable, with its compiled operators)",
-            lambda: environment.pip_install("--no-build-isolation", "-e", ".[dev]"),
-        ),
-        # Only tests use it. Its requirements would bring a second cv2, one that needs libGL.
-        ("lvis, for the tests", lambda: environment.pip_install("--no-deps", "lvis")),
-        ("Detectron2", lambda: environment.run("tools/install_detectron2.py")),
-        ("a browser, for the test of the demo's page", lambda: add_browser(environment)),
-    )
+    steps: list[tuple[str, Callable[[], None]]] = []
+    if not environment.is_ready(tests=False):
+        steps += [
+            (
+                "torch and torchvision (a few GB: the longest step)",
+                lambda: environment.pip_install(
+                    "torch", "torchvision", "numpy", "setuptools", "wheel"
+                ),
+            ),
+            (
+                "the other libraries and this project (editable, with its compiled operators)",
+                lambda: environment.pip_install("--no-build-isolation", "-e", ".[demo,fast]"),
+            ),
+            ("Detectron2", lambda: environment.run("tools/install_detectron2.py")),
+        ]
+    if tests:
+        steps += [
+            ("what tests and documentation need", lambda: add_dev(environment)),
+            # Its requirements would bring a second cv2, one that needs libGL.
+            ("lvis", lambda: environment.pip_install("--no-deps", "lvis")),
+            ("a browser, for the test of the demo's page", lambda: add_browser(environment)),
+        ]
     write_constraints(environment)
     environment.log.write_text("", encoding="utf-8")
     begin = time.monotonic()
@@ -251,7 +290,7 @@ def set_up(environment: Environment) -> None:
         sys.stderr.write(report.stderr)
         raise SetupError("everything is installed, but importing it fails (see above)")
     say(report.stdout.strip())
-    environment.stamp.write_text(fingerprint(), encoding="utf-8")
+    environment.mark_ready(tests)
     say(f"{environment.label} is ready after {time.monotonic() - begin:.0f} s")
 
 
@@ -260,7 +299,11 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("where", help="folder of the virtual environment, or 'current'")
-    where = parser.parse_args(argv).where
+    parser.add_argument(
+        "--tests", action="store_true", help="also what tests and documentation need"
+    )
+    args = parser.parse_args(argv)
+    where = args.where
     if where == "current":
         label = f"the current environment ({sys.prefix})"
         environment = Environment(Path(sys.executable), label, keep_installed=True)
@@ -270,13 +313,13 @@ def main(argv: list[str] | None = None) -> int:
         environment = Environment(python, f"the environment {where}", keep_installed=False)
     os.chdir(ROOT)
     try:
-        if environment.is_ready():
+        if environment.is_ready(args.tests):
             say(f"{environment.label} is ready")
             return 0
         STATE.mkdir(parents=True, exist_ok=True)
         if not Path(environment.python).exists():
             make_venv(Path(environment.python).parents[1])
-        set_up(environment)
+        set_up(environment, args.tests)
     except (SetupError, OSError) as error:
         print(f"[setup] error: {error}", file=sys.stderr)
         return 1
