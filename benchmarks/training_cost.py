@@ -32,6 +32,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fiber_d2.layers.compiled import is_compiled
+from fiber_d2.layers.linear import onednn_product
 
 RESULT = Path(__file__).resolve().parent / "results" / "training_cost.json"
 # Height and width, padded to multiples of 32: the shorter side of the recipes' sizes at 4:3, and
@@ -90,13 +91,18 @@ def count_deform_conv_backward(
     return 2 * 2 * math.prod(grad) * math.prod(weight[1:])
 
 
+def count_linear(x: Any, weight: Any, *rest: Any, out_shape: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 def counted() -> dict[Any, Any]:
-    if not is_compiled():
-        return {}  # then it consists of operators that torch counts
-    return {
-        torch.ops.fiber_d2.deform_conv2d: count_deform_conv,
-        torch.ops.fiber_d2.deform_conv2d_backward: count_deform_conv_backward,
-    }
+    found = {}
+    if onednn_product() is not None:
+        found[torch.ops.mkldnn._linear_pointwise] = count_linear
+    if is_compiled():  # else it consists of operators that torch counts
+        found[torch.ops.fiber_d2.deform_conv2d] = count_deform_conv
+        found[torch.ops.fiber_d2.deform_conv2d_backward] = count_deform_conv_backward
+    return found
 
 
 def operations(size: tuple[int, int]) -> tuple[int, int]:

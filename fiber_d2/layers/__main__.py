@@ -7,6 +7,7 @@ import sys
 import torch
 
 from .compiled import is_compiled, why_not_compiled
+from .linear import onednn_product
 
 
 def describe() -> str:
@@ -20,6 +21,7 @@ def describe() -> str:
         ("modulated_deform_conv2d, CUDA", "torchvision"),
         ("assigned_token_focal_loss, CPU", loss),
         ("assigned_token_focal_loss, CUDA", "PyTorch, a piece of the anchors at a time"),
+        ("linear, CPU, float32", "PyTorch" if onednn_product() is None else "oneDNN"),
         ("class_aware_nms", "torchvision for continuous boxes, PyTorch for the legacy +1"),
     ]
     width = max(len(name) for name, _ in rows)

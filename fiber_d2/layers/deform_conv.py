@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torchvision.ops import deform_conv2d
 
 from .compiled import is_compiled
+from .linear import linear
 
 # What the compiled operator computes in; other formats take the PyTorch path.
 COMPILED_DTYPES = (torch.float32, torch.float64)
@@ -103,7 +104,7 @@ def _deform_conv2d_embedding_bag(
     sampled = F.embedding_bag(index, table, mode="sum", per_sample_weights=corner_weight)
     sampled = sampled.view(batch * out_h * out_w, points * channels)
     kernel_matrix = weight.permute(0, 2, 3, 1).reshape(out_channels, points * channels)
-    out = F.linear(sampled, kernel_matrix, bias)  # (B*h*w, O)
+    out = linear(sampled, kernel_matrix, bias)  # (B*h*w, O)
     return out.view(batch, out_h, out_w, out_channels).permute(0, 3, 1, 2)
 
 

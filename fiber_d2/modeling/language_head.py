@@ -18,6 +18,7 @@ from detectron2.structures import Instances
 from torch import nn
 
 from fiber_d2.config import keyword_arguments
+from fiber_d2.layers import Linear
 
 from .boxes import AnchorGrid
 from .dyhead import DynamicHead
@@ -92,7 +93,7 @@ class ATSSLanguageHead(nn.Module):
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)
         self.scales = nn.Parameter(torch.full((len(anchors.strides),), float(box_scale_init)))
-        self.text_projection = nn.Linear(text_dim, channels)
+        self.text_projection = Linear(text_dim, channels)
         nn.init.trunc_normal_(self.text_projection.weight, std=text_projection_std, a=-2, b=2)
         nn.init.zeros_(self.text_projection.bias)
         self.log_scale = nn.Parameter(torch.full((1,), float(log_scale_init)))

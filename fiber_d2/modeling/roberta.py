@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fiber_d2.layers import LayerNorm, call_block
+from fiber_d2.layers import LayerNorm, Linear, call_block
 
 from .pairs import of_pairs
 
@@ -37,10 +37,10 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"Text width {dim} is not a multiple of {num_heads} heads.")
         self.num_heads = num_heads
         self.dropout = dropout
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(context_dim, dim)
-        self.value = nn.Linear(context_dim, dim)
-        self.dense = nn.Linear(dim, dim)
+        self.query = Linear(dim, dim)
+        self.key = Linear(context_dim, dim)
+        self.value = Linear(context_dim, dim)
+        self.dense = Linear(dim, dim)
 
     def forward(
         self,
@@ -117,8 +117,8 @@ class RobertaLayer(nn.Module):
             )
         )
         self.norm1 = LayerNorm(dim, eps=norm_eps)
-        self.fc1 = nn.Linear(dim, mlp_dim)
-        self.fc2 = nn.Linear(mlp_dim, dim)
+        self.fc1 = Linear(dim, mlp_dim)
+        self.fc2 = Linear(mlp_dim, dim)
         self.norm2 = LayerNorm(dim, eps=norm_eps)
 
     def forward(

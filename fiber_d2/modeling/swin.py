@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from torch import nn
 
-from fiber_d2.layers import LayerNorm, call_block
+from fiber_d2.layers import LayerNorm, Linear, call_block
 
 from .pairs import of_pairs
 from .windows import shift_regions, window_attention, window_partition, window_reverse
@@ -43,9 +43,9 @@ class TextToWindowAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm = LayerNorm(dim, eps=NORM_EPS) if query_norm else nn.Identity()
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(text_dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.query = Linear(dim, dim)
+        self.key_value = Linear(text_dim, 2 * dim)
+        self.proj = Linear(dim, dim)
         self.alpha = nn.Parameter(torch.full((1,), float(alpha_init)))
 
     def forward(
@@ -105,8 +105,8 @@ class WindowAttention(nn.Module):
         delta = position[:, :, None] - position[:, None, :] + window - 1  # (2, N, N)
         index = delta[0] * (2 * window - 1) + delta[1]
         self.register_buffer("relative_position_index", index, persistent=False)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.text_attention = text_attention
         # timm counts its bounds in absolute values, not in deviations.
         bound = 9 * position_bias_std
@@ -144,6 +144,18 @@ class WindowAttention(nn.Module):
         if self.text_attention is None:
             return x
         return self.text_attention(x, text, text_mask, image_index)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them, ``(..., C)`` to the same."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class SwinBlock(nn.Module):
@@ -208,7 +220,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = LayerNorm(4 * dim, eps=NORM_EPS)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, H, W, C)`` with even H and W to ``(B, H/2, W/2, 2C)``."""
