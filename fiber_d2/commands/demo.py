@@ -16,7 +16,7 @@ from fiber_d2.commands.predict import CONFIG, WEIGHTS
 from fiber_d2.demo.app import DemoApp
 from fiber_d2.demo.examples import folder_examples, generated_examples
 from fiber_d2.demo.limits import Limits
-from fiber_d2.engine.errors import EXPECTED_ERRORS, USAGE_EXIT_CODE, message_of
+from fiber_d2.engine.errors import exit_status_of
 from fiber_d2.predictions import Prediction
 from fiber_d2.predictor import Predictor
 from fiber_d2.queries import Expression, Query
@@ -174,10 +174,4 @@ def prepare_process() -> None:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """The program; its exit status."""
     args = build_parser(prog).parse_args(argv)
-    try:
-        return run(args)
-    except (*EXPECTED_ERRORS, OSError) as error:
-        sys.stderr.write(f"{prog or 'demo'}: error: {message_of(error)}\n")
-        return USAGE_EXIT_CODE
-    except KeyboardInterrupt:
-        return 0
+    return exit_status_of(lambda: run(args), f"{prog or 'demo'}: ", interrupted=0)

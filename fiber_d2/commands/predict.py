@@ -20,10 +20,9 @@ from tqdm import tqdm
 from fiber_d2.data.images import read_pixels
 from fiber_d2.drawing import PANEL_SIDE
 from fiber_d2.engine.errors import (
-    EXPECTED_ERRORS,
     FAILURE_EXIT_CODE,
     INTERRUPTED_EXIT_CODE,
-    USAGE_EXIT_CODE,
+    exit_status_of,
     message_of,
 )
 from fiber_d2.files import save_json
@@ -340,10 +339,4 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """The program; its exit status."""
     args = build_parser(prog).parse_args(argv)
-    try:
-        return run(args)
-    except (*EXPECTED_ERRORS, OSError) as error:
-        sys.stderr.write(f"{prog or 'predict'}: error: {message_of(error)}\n")
-        return USAGE_EXIT_CODE
-    except KeyboardInterrupt:
-        return INTERRUPTED_EXIT_CODE
+    return exit_status_of(lambda: run(args), f"{prog or 'predict'}: ")

@@ -37,11 +37,9 @@ from fiber_d2.data.validation import (
     validate,
 )
 from fiber_d2.engine.errors import (
-    EXPECTED_ERRORS,
     FAILURE_EXIT_CODE,
     INTERRUPTED_EXIT_CODE,
-    USAGE_EXIT_CODE,
-    message_of,
+    exit_status_of,
 )
 from fiber_d2.engine.overrides import import_user_modules
 from fiber_d2.files import save_json
@@ -201,13 +199,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """The program, which `datasets/validate.py` and `fiber-d2 validate` are; its exit status."""
     args = build_parser(prog).parse_args(argv)
-    try:
-        return run(args)
-    except (*EXPECTED_ERRORS, OSError) as error:
-        sys.stderr.write(f"error: {message_of(error)}\n")
-        return USAGE_EXIT_CODE
-    except KeyboardInterrupt:
-        return INTERRUPTED_EXIT_CODE
+    return exit_status_of(lambda: run(args))
 
 
 def prepare_process() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -149,3 +149,17 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, KeyError) and error.args:
         return str(error.args[0])
     return str(error) or type(error).__name__
+
+
+def exit_status_of(
+    work: Callable[[], int], prefix: str = "", interrupted: int = INTERRUPTED_EXIT_CODE
+) -> int:
+    """What the work of a command returns; an expected error is one line on standard error, behind
+    ``prefix``, and status 2, Ctrl-C the status ``interrupted``."""
+    try:
+        return work()
+    except (*EXPECTED_ERRORS, OSError) as error:
+        sys.stderr.write(f"{prefix}error: {message_of(error)}\n")
+        return USAGE_EXIT_CODE
+    except KeyboardInterrupt:
+        return interrupted
