@@ -242,9 +242,11 @@ def _process_group(
     yield
     with notice_lost_contact():
         # Nobody leaves before all are done, and nothing may hold a group, whose threads must end
-        # while the interpreter still runs: left to its end, they can abort the process.
+        # while the interpreter still runs: left to its end, they can abort the process. Detectron2
+        # remembers two: of this machine's processes, and that through which objects go.
         comm.synchronize()
     comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
     gc.collect()
     dist.destroy_process_group()
 

@@ -2,14 +2,14 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from detectron2.utils import comm
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fiber_d2.engine.checkpointer import FiberCheckpointer
 from fiber_d2.engine.ema import EMA_KEY, EmaHook, ModelEma, weights_to_evaluate
+from fiber_d2.engine.launch import launch
 from fiber_d2.engine.step import StepTrainer
 from fiber_d2.engine.train import distribute
 from fiber_d2.engine.training_hooks import TrainingOptions
@@ -206,9 +206,9 @@ def test_decay_out_of_range(decay):
         ModelEma(Net(), decay)
 
 
-def average_in_a_process(rank, folder):
+def average_in_a_process(folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", world_size=2, rank=rank)
+    rank = comm.get_rank()
     model = Net()
     model.norm = nn.Identity()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -219,13 +219,11 @@ def average_in_a_process(rank, folder):
     trainer.register_hooks([EmaHook(ema)])
     trainer.train(0, 6)
     torch.save(ema.state_dict(), f"{folder}/{rank}.pth")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_hold_the_average_of_one(tmp_path):
-    mp.spawn(average_in_a_process, args=(str(tmp_path),), nprocs=2)
+    launch(average_in_a_process, num_processes=2, args=(str(tmp_path),))
     found = [torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1)]
     assert equal(*found)
     model = Net()

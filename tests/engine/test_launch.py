@@ -1,11 +1,15 @@
+import atexit
 import operator
 import os
 import re
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from detectron2.utils import comm
 
 from fiber_d2.engine.errors import LostContactError
 from fiber_d2.engine.launch import Placement, choose_device, launch, read_placement
@@ -51,6 +55,28 @@ def test_one_process_runs_here():
     seen = []
     launch(seen.append, num_processes=1, args=(3,))
     assert seen == [3]
+
+
+def names_of_threads():
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+
+
+def gather_and_tell_threads(folder):
+    rank = comm.get_rank()
+    found = comm.gather(rank)
+    (folder / f"{rank}_while").write_text(f"{found} {names_of_threads()}")
+    atexit.register(lambda: (folder / f"{rank}_end").write_text(str(names_of_threads())))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the threads' names are read from /proc")
+def test_no_thread_of_a_group_outlives_it(tmp_path):
+    # One that works on while the interpreter ends aborts a process that had done everything.
+    launch(gather_and_tell_threads, num_processes=2, args=(tmp_path,))
+    for rank, found in enumerate(("[0, 1]", "[]")):
+        during = (tmp_path / f"{rank}_while").read_text()
+        assert during.startswith(found) and "gloo" in during
+        assert "gloo" not in (tmp_path / f"{rank}_end").read_text()
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from torch import nn
 
 from fiber_d2.engine.errors import NonFiniteError
+from fiber_d2.engine.launch import launch
 from fiber_d2.engine.step import StepTrainer
 from fiber_d2.engine.train import distribute
 from fiber_d2.text import build_grounding_prompt, load_tokenizer
@@ -21,20 +22,17 @@ REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-def enter(rank, folder):
+def enter(folder):
     torch.set_num_threads(1)
-    address = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=address, world_size=2, rank=rank)
+    rank = comm.get_rank()
     torch.save({case.__name__: case(rank) for case in CASES}, f"{folder}/{rank}.pth")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     """``outcome(case)``: what it returned in each of two processes, started once for all."""
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(enter, args=(str(folder),), nprocs=2)
+    launch(enter, num_processes=2, args=(str(folder),))
     found = [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in (0, 1)]
     return lambda case: [results[case.__name__] for results in found]
 

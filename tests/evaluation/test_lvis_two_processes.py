@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 
+from fiber_d2.engine.launch import launch
 from fiber_d2.evaluation import LVISFixedAPEvaluator
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "data_eval"
@@ -37,17 +37,10 @@ def _run(output_dir, images):
     return evaluator.evaluate()
 
 
-def _work(rank, folder, shares):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    if hasattr(comm, "create_local_process_group"):
-        comm.create_local_process_group(2)
-    else:
-        comm._LOCAL_PROCESS_GROUP = torch.distributed.new_group([0, 1])
+def _work(folder, shares):
+    rank = comm.get_rank()
     results = _run(f"{folder}/two", shares[rank])
     Path(folder, f"results_{rank}.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -56,7 +49,7 @@ def test_two_processes_score_exactly_what_one_scores(tmp_path):
     images = [image["id"] for image in truth["images"]]
     # Every other image each, and, as padding, the first five once more for the second process.
     shares = [images[::2], images[1::2] + images[:5]]
-    mp.start_processes(_work, (str(tmp_path), shares), nprocs=2, start_method="spawn")
+    launch(_work, num_processes=2, args=(str(tmp_path), shares))
     main, other = (json.loads((tmp_path / f"results_{r}.json").read_text()) for r in range(2))
     alone = _run(tmp_path / "one", images)
     assert other == {}

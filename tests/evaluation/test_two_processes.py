@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 
+from fiber_d2.engine.launch import launch
 from fiber_d2.evaluation import FlickrRecallEvaluator, GroundedCOCOEvaluator, RefExpEvaluator
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "data_eval"
@@ -63,18 +63,11 @@ def _share(rank, records):
     return records[: half + 3] if rank == 0 else records[half:]
 
 
-def _work(rank, folder, records, sentences):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    if hasattr(comm, "create_local_process_group"):
-        comm.create_local_process_group(2)
-    else:
-        comm._LOCAL_PROCESS_GROUP = torch.distributed.new_group([0, 1])
+def _work(folder, records, sentences):
+    rank = comm.get_rank()
     results = _run(_evaluators(f"{folder}/gt.json"), _share(rank, records))
     results.update(_run_phrases(folder, _share(rank, sentences)))
     Path(folder, f"results_{rank}.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -98,7 +91,7 @@ def test_two_processes_score_what_one_scores(tmp_path):
     (tmp_path / "val.txt").write_text("\n".join(names))
     sentences = [r for r in phrases["predictions"] if r["boxes"]]
 
-    mp.start_processes(_work, (str(tmp_path), records, sentences), nprocs=2, start_method="spawn")
+    launch(_work, num_processes=2, args=(str(tmp_path), records, sentences))
     main, other = (json.loads((tmp_path / f"results_{r}.json").read_text()) for r in range(2))
     alone = _run(_evaluators(str(tmp_path / "gt.json")), records)
     alone.update(_run_phrases(tmp_path, sentences))

@@ -1,15 +1,15 @@
 """Activation checkpointing: the same numbers from less memory."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from torch.autograd.graph import saved_tensors_hooks
 
+from fiber_d2.engine.launch import launch
 from fiber_d2.layers import call_block
 from fiber_d2.structures import Prompt
 
@@ -140,16 +140,14 @@ def test_only_inputs_are_kept():
     assert torch.equal(gradient, x.grad)
 
 
-def work(rank, folder, static_graph):
+def work(folder, static_graph):
     """A process of the test below: gradients with and without, in distributed training."""
     sys.path.insert(0, str(Path(__file__).parent))
     from conftest import build_small_model
     from torch.nn.parallel import DistributedDataParallel
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+    rank = comm.get_rank()
     batch = make_batch()[rank : rank + 1]
     found = []
     for parts in ((), PARTS[3]):
@@ -167,28 +165,12 @@ def work(rank, folder, static_graph):
     assert_same(found[1][1], found[0][1])
     total = sum(gradient.abs().sum().item() for gradient in found[0][1].values())
     Path(folder, f"done_{rank}").write_text(str(total))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("static_graph", [False, True], ids=["dynamic", "static"])
 def test_two_processes(tmp_path, static_graph):
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_recompute;"
-        "test_recompute.work(int(sys.argv[2]), sys.argv[3], sys.argv[4] == 'True')"
-    )
-    here = str(Path(__file__).parent)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, here, str(rank), str(tmp_path), str(static_graph)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    launch(work, num_processes=2, args=(str(tmp_path), static_graph))
     # Averaged over processes, so the same in both.
     sums = [float((tmp_path / f"done_{rank}").read_text()) for rank in range(2)]
     assert sums[0] == pytest.approx(sums[1]) and sums[0] > 0
