@@ -41,9 +41,11 @@ model.backbone.vision.window = 4
 # Half as wide as usual between the layers: more steps in the same time.
 model.backbone.vision.mlp_ratio = 2.0
 model.backbone.vision.query_norm = True
-# From scratch, words that do not outweigh their places become alike before they are told apart:
-# "left" and "right" then stay one word for as long as luck will have it.
-model.backbone.text.word_init_std = 0.08
+# From scratch, words that do not outweigh what they have in common become alike before they are
+# told apart: "left" and "right" then stay one word for as long as luck will have it. Places come
+# next: by them a phrase keeps its words from its neighbours'.
+model.backbone.text.word_init_std = 0.16
+model.backbone.text.position_init_std = 0.08
 # AdamW moves weights by its rate: boxes start at the size that they have to reach.
 model.head.box_scale_init = 8.0
 
@@ -52,7 +54,7 @@ model.head.postprocessor.score_thresh = 0.0
 
 train.output_dir = "output/quickstart"
 train.device = "cuda"
-train.max_iter = 1800
+train.max_iter = 1600
 train.eval_period = 0
 train.checkpointer.update(period=200, max_to_keep=2)
 train.clip_grad = 1.0
@@ -69,7 +71,7 @@ dataloader.train.update(
     datasets=["shapes_detection_train", "shapes_grounding_train", "shapes_refexp_train"],
     # How the three tasks share the batches, by the step from which on they do. Relations need many
     # examples until they are learned, sentences need the most steps.
-    weights={0: [0.2, 0.32, 0.48], 1000: [0.2, 0.6, 0.2]},
+    weights={0: [0.2, 0.28, 0.52], 600: [0.2, 0.6, 0.2]},
     tokenizer="shapes",
     augmentations=[
         L(T.RandomFlip)(horizontal=True),

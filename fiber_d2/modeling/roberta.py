@@ -188,9 +188,9 @@ class RobertaEncoder(nn.Module):
         norm_eps: of every LayerNorm.
         alpha_init: initial weight of the image in fused layers.
         init_std: of the initial weights of linear layers and of the embeddings.
-        word_init_std: of the word embeddings; None takes ``init_std``. Where training starts from
-            scratch, a larger one lets the word outweigh its place, so that the same word is the
-            same thing wherever it stands.
+        word_init_std, position_init_std: of the embeddings of words and of their places; None takes
+            ``init_std``. Where training starts from scratch, larger ones let the word outweigh its
+            place, and both the embedding of the type, which all tokens have in common.
         prompt_length: rows of a learnt addition to the embeddings, for prompt tuning (see
             :mod:`fiber_d2.engine.tuning`); 0 for none. At least ``max_tokens``.
         checkpoint: keep the inputs of each layer in training, and compute the layer again in the
@@ -213,6 +213,7 @@ class RobertaEncoder(nn.Module):
         alpha_init: float = 0.0,
         init_std: float = 0.02,
         word_init_std: float | None = None,
+        position_init_std: float | None = None,
         prompt_length: int = 0,
         checkpoint: bool = False,
     ) -> None:
@@ -255,6 +256,8 @@ class RobertaEncoder(nn.Module):
             _init_weights(module, init_std)
         if word_init_std is not None:
             _init_weights(self.embeddings.word, word_init_std)
+        if position_init_std is not None:
+            _init_weights(self.embeddings.position, position_init_std)
 
     def call(self, layer: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """``layer(*inputs)`` of one of the tower's layers, as ``checkpoint`` says."""

@@ -52,15 +52,21 @@ def test_image_tower(options, linear, bias):
     assert block.attn.relative_position_bias_table.std().item() == pytest.approx(bias, rel=0.1)
 
 
-@pytest.mark.parametrize(("options", "word"), [({}, 0.02), ({"word_init_std": 0.1}, 0.1)])
-def test_text_tower(options, word):
+@pytest.mark.parametrize(("options", "word", "place"), [
+    ({}, 0.02, 0.02),
+    ({"word_init_std": 0.1}, 0.1, 0.02),
+    ({"position_init_std": 0.1}, 0.02, 0.1),
+])  # fmt: skip
+def test_text_tower(options, word, place):
     text = make_roberta(**options)
     embeddings = text.embeddings
     assert embeddings.word.weight.std().item() == pytest.approx(word, rel=0.05)
-    assert embeddings.position.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert embeddings.position.weight.std().item() == pytest.approx(place, rel=0.05)
+    assert embeddings.token_type.weight.std().item() == pytest.approx(0.02, rel=0.3)
     assert text.layers[0].fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
     # Padding stays at zero whatever the spread.
     assert not embeddings.word.weight[text.pad_token_id].any()
+    assert not embeddings.position.weight[text.pad_token_id].any()
 
 
 def test_head():
