@@ -6,22 +6,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fiber_d2.engine.errors import (
-    EXPECTED_ERRORS,
-    INTERRUPTED_EXIT_CODE,
-    USAGE_EXIT_CODE,
-    message_of,
-)
+from fiber_d2.engine.errors import exit_status_of
 from fiber_d2.export.deform_conv import FORMS
+from fiber_d2.export.description import read_description
 from fiber_d2.export.onnx_files import OPSET
 from fiber_d2.export.write import FORMATS, export
 
 EPILOG = """examples:
   fiber-d2 export --config C --weights W.pth --output output/onnx
+  fiber-d2 export --config C --weights W.pth --output output/int8 --int8
   fiber-d2 export --config C --weights W.pth --output output/parts --parts
   fiber-d2 export --config C --weights W.pth --output output/torch --format torch
-fiber_d2.export.ExportedPredictor asks what was written; the
-docstring of fiber_d2/export/parts.py says what goes in and comes out.
+export.json in the folder says what goes in and comes out. In Python,
+fiber_d2.export.ExportedPredictor asks such a folder as a Predictor is asked.
+Exit status: 0 fine, 2 for a mistake in the command.
 """
 
 
@@ -43,30 +41,31 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "the whole")  # fmt: skip
     add("--deform-conv", choices=FORMS, default=FORMS[0], help="how deformable convolution is "
         "written (default: %(default)s)")  # fmt: skip
+    add("--int8", action="store_true", help="of ONNX: weights of linear layers in 8 bits")
     add("--opset", type=int, default=OPSET, metavar="N", help="of ONNX (default: %(default)s)")
     return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = export(
+        args.config,
+        args.weights,
+        args.output,
+        format=args.format,
+        parts=args.parts,
+        deform_conv=args.deform_conv,
+        int8=args.int8,
+        opset=args.opset,
+        overrides=args.opts,
+    )
+    # Other files may be there from before.
+    for graph in read_description(folder)["graphs"].values():
+        for path in sorted(folder.glob(f"{graph['file']}*")):
+            sys.stdout.write(f"{path}: {path.stat().st_size / 1e6:.1f} MB\n")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """The program; its exit status."""
     args = build_parser(prog).parse_args(argv)
-    try:
-        folder = export(
-            args.config,
-            args.weights,
-            args.output,
-            format=args.format,
-            parts=args.parts,
-            deform_conv=args.deform_conv,
-            opset=args.opset,
-            overrides=args.opts,
-        )
-    except (*EXPECTED_ERRORS, OSError) as error:
-        sys.stderr.write(f"{prog or 'export'}: error: {message_of(error)}\n")
-        return USAGE_EXIT_CODE
-    except KeyboardInterrupt:
-        return INTERRUPTED_EXIT_CODE
-    for path in sorted(folder.iterdir()):
-        if path.is_file():
-            sys.stdout.write(f"{path}: {path.stat().st_size / 1e6:.1f} MB\n")
-    return 0
+    return exit_status_of(lambda: run(args), f"{prog or 'export'}: ")

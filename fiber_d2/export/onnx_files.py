@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,17 +12,22 @@ from torch.export import ExportedProgram
 
 from .parts import Graph
 
-ENDING = ".onnx"
 OPSET = 20
 # The first that have what a form of deformable convolution becomes.
 LOWEST_OPSET = {"operator": 19, "grid_sample": 20}
 # Files of protobuf end at 2 GiB: weights beyond this many bytes go into a second file.
 _ONE_FILE = 1_500_000_000
+# Names of the sizes that vary.
 _AXES = {
-    "image": ("batch", 3, "height", "width"),
+    "image": ("batch", None, "height", "width"),
     "input_ids": ("batch", "tokens"),
     "attention_mask": ("batch", "tokens"),
     "positive_map": ("batch", "targets", "tokens"),
+    "image_tokens": ("batch", "token_rows", "token_columns", None),
+    "text": ("batch", "tokens", None),
+    "boxes": ("batch", "anchors", None),
+    "class_scores": ("batch", "anchors", "targets"),
+    "centerness": ("batch", "anchors"),
 }
 
 
@@ -91,14 +95,24 @@ def save_onnx(program: ExportedProgram, graph: Graph, path: Path, *, opset: int 
         custom_translation_table={torch.ops.torchvision.deform_conv2d.default: deform_conv2d},
         verbose=False,
     )
-    for value in written.model.graph.inputs:
-        for axis, name in enumerate(_AXES.get(value.name, ())):
-            value.shape[axis] = name
+    _name_sizes(written.model.graph)
     size = sum(weight.nbytes for weight in program.state_dict.values())
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        written.save(partial if size <= _ONE_FILE else path, external_data=size > _ONE_FILE)
-        if size <= _ONE_FILE:
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    written.save(path, external_data=size > _ONE_FILE)
+
+
+def _name_sizes(graph: Any) -> None:
+    """Words for the sizes of what goes in and out; what is between has none.
+
+    They were formulas of the sizes that come in, which runtimes work out for themselves: as text
+    they can take more room than the weights.
+    """
+    for node in graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
+    for value in (*graph.inputs, *graph.outputs):
+        number = value.name.removeprefix("image_feature_")
+        names = _AXES.get(value.name, ("batch", None, f"rows_{number}", f"columns_{number}"))
+        for axis, name in enumerate(names):
+            if name is not None:
+                value.shape[axis] = name

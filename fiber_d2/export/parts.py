@@ -24,6 +24,7 @@ image and many captions, or one caption and many images, need their prefix once.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,9 +86,9 @@ class ImagePart(nn.Module):
         self.register_buffer("pixel_std", model.pixel_std.clone(), persistent=False)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        height, width = (size // self.unit for size in image.shape[2:])
         # Says that both are multiples; what follows is traced in sizes without remainders.
-        image = _as_multiple(_as_multiple(image, 2, height), 3, width)
+        rows, columns = (size // self.unit for size in image.shape[2:])
+        image = _as_multiple(_as_multiple(image, 2, rows, self.unit), 3, columns, self.unit)
         prefix = self.backbone.image_prefix((image - self.pixel_mean) / self.pixel_std)
         return (prefix.tokens, *prefix.features)
 
@@ -96,18 +97,23 @@ class FusedPart(nn.Module):
     """``image_tokens``, ``image_feature_N``..., ``text``, ``attention_mask``, ``positive_map`` to
     the outputs."""
 
-    def __init__(self, model: FIBER, token_units: int) -> None:
+    def __init__(self, model: FIBER, units: Sequence[int]) -> None:
         super().__init__()
         self.backbone = model.backbone
         self.head = model.head
         self.aggregation = model.head.postprocessor.score_aggregation
-        self.token_units = token_units
+        # Of the tokens and of each feature, how many a side of an image's 32 pixels has.
+        self.units = tuple(units)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tokens, *features, text, attention_mask, positive_map = inputs
-        height, width = (size // self.token_units for size in tokens.shape[1:3])
-        tokens = _as_multiple(_as_multiple(tokens, 1, height), 2, width)
-        features = [_as_multiple(_as_multiple(x, 2, height), 3, width) for x in features]
+        unit, *others = self.units
+        rows, columns = (size // unit for size in tokens.shape[1:3])
+        tokens = _as_multiple(_as_multiple(tokens, 1, rows, unit), 2, columns, unit)
+        features = [
+            _as_multiple(_as_multiple(x, 2, rows, unit), 3, columns, unit)
+            for x, unit in zip(features, others)
+        ]
         return self.detect(ImagePrefix(tokens, tuple(features)), text, attention_mask, positive_map)
 
     def detect(
@@ -129,11 +135,11 @@ class FusedPart(nn.Module):
 class Detector(nn.Module):
     """``image``, ``input_ids``, ``attention_mask``, ``positive_map`` to the outputs."""
 
-    def __init__(self, model: FIBER, token_units: int) -> None:
+    def __init__(self, model: FIBER) -> None:
         super().__init__()
         self.image = ImagePart(model)
         self.text = TextPart(model)
-        self.fused = FusedPart(model, token_units)
+        self.fused = FusedPart(model, ())
 
     def forward(
         self,
@@ -159,9 +165,6 @@ class Graphs:
 
     def __init__(self, model: FIBER, *, deform_conv: str = "operator") -> None:
         model = replace_deform_convs(copy.deepcopy(model).cpu().float().eval(), deform_conv)
-        for module in model.modules():
-            if getattr(module, "compile_backend", None) is not None:
-                module.compile_backend = None  # torch.compile within an export is an error
         # Where gradients may be wanted, attention in windows is one formula for all sizes.
         self.model = model.requires_grad_(True)
         swin = model.backbone.swin
@@ -185,7 +188,7 @@ class Graphs:
 
     def whole(self) -> list[Graph]:
         """The detector."""
-        detector = Detector(self.model, self._tokens_per_unit)
+        detector = Detector(self.model)
         names = ("image", "input_ids", "attention_mask", "positive_map")
         return [self._graph("model", detector, names, OUTPUTS)]
 
@@ -204,7 +207,8 @@ class Graphs:
         image = ("image_tokens", *features)
         text = ("input_ids", "attention_mask")
         self._add_prefixes(features)
-        fused = FusedPart(self.model, self._tokens_per_unit)
+        stages = (self._first, *range(1, self._first))
+        fused = FusedPart(self.model, [self._unit // self._strides[stage] for stage in stages])
         return [
             self._graph("text_prefix", TextPart(self.model), text, ("text",)),
             self._graph("image_prefix", ImagePart(self.model), ("image",), image),
@@ -212,10 +216,6 @@ class Graphs:
                 "fused", fused, (*image, "text", "attention_mask", "positive_map"), OUTPUTS
             ),
         ]
-
-    @property
-    def _tokens_per_unit(self) -> int:
-        return self._unit // self._strides[min(self._first, len(self._strides) - 1)]
 
     def _graph(
         self, name: str, module: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]
@@ -231,7 +231,7 @@ class Graphs:
     def _add_prefixes(self, features: tuple[str, ...]) -> None:
         """What the prefixes give and the rest takes, among the inputs."""
         swin = self.model.backbone.swin
-        per = self._tokens_per_unit
+        per = self._unit // self._strides[self._first]
         self._inputs["image_tokens"] = torch.zeros(
             _BATCH, per * _ROWS, per * _COLUMNS, swin.dims[self._first]
         )
@@ -245,6 +245,6 @@ class Graphs:
         self._varying["text"] = (0, 1)
 
 
-def _as_multiple(x: torch.Tensor, dim: int, count: int) -> torch.Tensor:
-    """``x``, whose size along ``dim`` is a multiple of ``count``, told in these terms."""
-    return x.unflatten(dim, (count, x.shape[dim] // count)).flatten(dim, dim + 1)
+def _as_multiple(x: torch.Tensor, dim: int, count: int, unit: int) -> torch.Tensor:
+    """``x``, whose size along ``dim`` is ``count * unit``, told in these terms."""
+    return x.unflatten(dim, (count, unit)).flatten(dim, dim + 1)

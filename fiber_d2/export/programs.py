@@ -12,16 +12,11 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config
 
-from fiber_d2.files import replacing
-
 from .parts import FusedPart, Graph
 
-ENDING = ".pt2"
 
-
-def trace(graph: Graph) -> ExportedProgram:
-    """The program of a graph, for every size of image and text.
-
+def check_torch() -> None:
+    """
     Raises:
         ValueError: this torch is too old.
     """
@@ -29,6 +24,10 @@ def trace(graph: Graph) -> ExportedProgram:
         raise ValueError(
             f"torch {torch.__version__} is too old for exports: they need torch 2.9 or later."
         )
+
+
+def trace(graph: Graph) -> ExportedProgram:
+    """The program of a graph, for every size of image and text."""
     shapes: tuple[object, ...] = tuple(graph.dynamic_shapes.values())
     if isinstance(graph.module, FusedPart):
         shapes = (shapes,)  # its one parameter is *inputs
@@ -39,13 +38,17 @@ def trace(graph: Graph) -> ExportedProgram:
         )
     for weight in program.state_dict.values():
         weight.requires_grad_(False)
+    # What torch noticed of the traced sizes (that the coarsest map has more than one place, say) is
+    # kept as a limit of sizes, too; the operators in the graph know none.
+    limits = program.range_constraints
+    limits.update({size: type(limit)(1, limit.upper) for size, limit in limits.items()})
     return program
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:
     """Write a ``.pt2`` file."""
-    with replacing(path) as file:
-        torch.export.save(program, file)
+    program.example_inputs = None  # they would be most of a small model's file
+    torch.export.save(program, path)
 
 
 def load_program(path: str | os.PathLike[str]) -> nn.Module:

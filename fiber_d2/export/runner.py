@@ -31,7 +31,8 @@ class ExportedModel:
 
     Args:
         folder: that :func:`~fiber_d2.export.export` wrote.
-        threads: of onnxruntime, by default as many as there are cores.
+        threads: of onnxruntime, by default as many as there are cores. Programs of torch.export
+            take those of torch.
         providers: of onnxruntime.
 
     Attributes:
@@ -97,8 +98,26 @@ class ExportedModel:
             input_ids: int64 ``(P, T)``.
             attention_mask: bool ``(P, T)``.
             positive_map: float32 ``(P, K, T)``.
+
+        Returns:
+            float32 ``(P, A, 4)``, ``(P, A, K)`` and ``(P, A)``.
+
+        Raises:
+            ValueError: a caption that is too long for the text tower, or numbers of images and
+                captions that do not go together.
         """
-        pairs = len(input_ids)
+        pairs, tokens = input_ids.shape
+        if tokens > self.known["max_tokens"]:
+            raise ValueError(
+                f"A caption has {tokens} tokens, but the text tower holds "
+                f"{self.known['max_tokens']}: shorten it or split it into several."
+            )
+        images = len(next(iter(prefix.values())))
+        if images not in (1, pairs):
+            raise ValueError(
+                f"There are {pairs} captions for {images} images: give one image for all of them, "
+                "or one for each."
+            )
         arrays = {
             name: np.repeat(x, pairs, axis=0) if len(x) == 1 else x for name, x in prefix.items()
         }

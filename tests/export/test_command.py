@@ -29,6 +29,10 @@ def run(tiny, tmp_path, capsys):
     [
         (["--format", "tflite"], "invalid choice: 'tflite'"),
         (["--opset", "13"], "opset is 13, but operator needs 19 or later"),
+        (["--opset", "19", "--deform-conv", "grid_sample"], "grid_sample needs 20 or later"),
+        (["--format", "torch", "--int8"], "int8 is for the format onnx"),
+        (["--config", "quickstop"], "neither a file"),
+        (["--weights", "absent.pth"], "absent.pth"),
     ],
 )
 def test_arguments_that_do_not_fit(run, arguments, message):
