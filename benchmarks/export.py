@@ -1,12 +1,13 @@
-"""Exported models beside the predictor they were made of: size, time of an image, AP.
+"""Exported models beside the predictor they were made of: size, processor time of an image, AP.
 
-    python -m benchmarks export --weights output/quickstart/model_final.pth
-                                [--config quickstart] [--images 100] [--threads 2]
+    python -m benchmarks export FOLDER [FOLDER ...] --weights output/quickstart/model_final.pth
+                                [--config quickstart] [--images 100]
                                 [--json FILE] [--image-root DIR] [--out FILE]
 
-Writes the model in each form, asks all of them for the classes of a COCO json in its first images,
-taking turns, and compares what they find. Forms in float32 have to find what the predictor finds;
-no result is written otherwise. Numbers of int8 differ, and the table says by how much.
+The folders are those that `fiber-d2 export` wrote of these weights. All are asked, by one thread,
+for the classes of a COCO json in its first images, taking turns, and what they find is compared.
+Models in float32 have to find what the predictor finds; no result is written otherwise. Those in
+int8 find something else, and the table says how much.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import contextlib
 import io
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,30 +29,28 @@ from machine import describe_machine, spread
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fiber_d2.export import ExportedPredictor, export
+from fiber_d2.export import ExportedModel, ExportedPredictor
 from fiber_d2.predictions import Prediction
 from fiber_d2.predictor import Classes, Predictor
 
 RESULT = Path(__file__).resolve().parent / "results" / "export.json"
-FORMS: dict[str, dict[str, Any]] = {
-    "onnx": {},
-    "onnx, grid_sample": {"deform_conv": "grid_sample"},
-    "onnx, int8": {"int8": True},
-    "torch.export": {"format": "torch"},
-}
-INEXACT = "onnx, int8"
 # Of the detections that are compared one by one; weaker ones are noise.
 SCORE = 0.3
 
 
-def write(form: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Export a form; what that took and gave."""
-    start = time.perf_counter()
-    export(args.config, args.weights, folder, **FORMS[form])
-    return {
-        "export_s": round(time.perf_counter() - start, 1),
-        "megabytes": round(sum(path.stat().st_size for path in folder.iterdir()) / 1e6, 1),
-    }
+def name_of(model: ExportedModel) -> str:
+    """What kind of export it is."""
+    known = model.known
+    words = [known["format"], "whole" if len(known["graphs"]) == 1 else "parts"]
+    words += ["grid_sample"] * (known["deform_conv"] != "operator")
+    return ", ".join([*words, *(["int8"] if known.get("int8") else [])])
+
+
+def megabytes(folder: Path, model: ExportedModel) -> float:
+    """Of the model's files; others may lie beside them."""
+    names = [graph["file"] for graph in model.known["graphs"].values()]
+    sizes = [path.stat().st_size for name in names for path in folder.glob(f"{name}*")]
+    return round(sum(sizes) / 1e6, 1)
 
 
 def precision(coco: COCO, images: Sequence[int], found: Sequence[Prediction]) -> dict[str, float]:
@@ -103,15 +101,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", default="datasets/shapes/annotations/instances_val.json")
     parser.add_argument("--image-root", type=Path, default=Path("datasets/shapes/images/val"))
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(args.json)
     images = sorted(coco.getImgIds())[: args.images]
@@ -122,36 +120,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Checkpoints may hold the state of an optimiser as well.
     size = sum(weight.nbytes for weight in predictor.model.state_dict().values())
     results: dict[str, dict[str, Any]] = {"predictor": {"megabytes": round(size / 1e6, 1)}}
-    with tempfile.TemporaryDirectory() as place:
-        for number, form in enumerate(FORMS):
-            folder = Path(place) / str(number)
-            results[form] = write(form, args, folder)
-            ways[form] = ExportedPredictor(folder, threads=args.threads)
-            print(form, results[form], flush=True)
-        found: dict[str, list[Prediction]] = {name: [] for name in ways}
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for way in ways.values():
-            way(str(files[0]), question)
-        for file in files:
-            for name, way in ways.items():
-                start = time.perf_counter()
-                found[name].append(way(str(file), question))
-                seconds[name].append(time.perf_counter() - start)
+    for folder in args.folders:
+        exported = ExportedPredictor(folder, threads=1)
+        name = name_of(exported.model)
+        ways[name] = exported
+        results[name] = {"megabytes": megabytes(folder, exported.model)}
+    found: dict[str, list[Prediction]] = {name: [] for name in ways}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way(str(files[0]), question)
+    for file in files:
+        for name, way in ways.items():
+            start = time.process_time()
+            found[name].append(way(str(file), question))
+            cpu_seconds[name].append(time.process_time() - start)
     for name, report in results.items():
-        report["seconds"] = spread(seconds[name], 4)
+        report["cpu_seconds"] = spread(cpu_seconds[name], 4)
         report.update(precision(coco, images, found[name]))
         if name != "predictor":
             report.update(agreement(found["predictor"], found[name]))
         print(name, report, flush=True)
-    different = [name for name in FORMS if name != INEXACT and results[name]["missing"]]
+    different = [n for n, r in results.items() if "int8" not in n and r.get("missing")]
     if different:
         print(f"error: not what the predictor finds: {', '.join(different)}", file=sys.stderr)
         return 1
     machine = describe_machine("torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
     report = {
-        "command": f"python -m benchmarks export --weights {args.weights} --config {args.config} "
-        f"--images {args.images} --threads {args.threads}",
-        "machine": {**machine, "threads": args.threads},
+        "command": f"python -m benchmarks export {' '.join(map(str, args.folders))} "
+        f"--weights {args.weights} --config {args.config} "
+        f"--images {args.images}",
+        "machine": {**machine, "threads": 1},
         "images": len(images),
         "classes": len(coco.cats),
         "results": results,

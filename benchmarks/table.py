@@ -133,10 +133,19 @@ def flickr_scoring_table(report: dict[str, Any]) -> str:
 
 def export_table(report: dict[str, Any]) -> str:
     results = report["results"]
-    names = ["", "MB", "seconds", "AP", "AP50", "missing", "scores differ by", "boxes, pixels"]
+    names = [
+        "",
+        "MB",
+        "processor seconds",
+        "AP",
+        "AP50",
+        "missing",
+        "scores differ by",
+        "boxes, pixels",
+    ]
     rows = []
     for name, found in results.items():
-        row = [name, f"{found['megabytes']:.1f}", with_spread(found["seconds"], 3)]
+        row = [name, f"{found['megabytes']:.1f}", with_spread(found["cpu_seconds"], 3)]
         row += [f"{found[key]:.1f}" for key in ("AP", "AP50")]
         if "missing" in found:
             row += [

@@ -224,7 +224,7 @@ class Graphs:
             name,
             module,
             {key: self._inputs[key] for key in inputs},
-            {key: dict.fromkeys(self._varying[key], Dim.DYNAMIC) for key in inputs},
+            {key: dict.fromkeys(self._varying[key], Dim.AUTO) for key in inputs},
             outputs,
         )
 

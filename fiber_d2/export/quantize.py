@@ -18,17 +18,23 @@ def quantize_onnx(path: Path) -> None:
     comes (dynamic quantisation), so no images are needed. Convolutions and embeddings stay float32.
 
     Raises:
-        ValueError: onnxruntime is missing.
+        ValueError: a library is missing.
     """
+    onnx = require("onnx")
     require("onnxruntime")
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    graph = onnx.load(path, load_external_data=False).graph
+    # Products with a vector have no channels: onnxruntime would write what it cannot run.
+    vectors = {weight.name for weight in graph.initializer if len(weight.dims) == 1}
+    exclude = [node.name for node in graph.node if vectors.intersection(node.input[1:2])]
     target = path.with_name(f"int8_{path.name}")
     with _without_advice():
         quantize_dynamic(
             path,
             target,
             op_types_to_quantize=["MatMul", "Gemm"],
+            nodes_to_exclude=exclude,
             per_channel=True,
             weight_type=QuantType.QInt8,
         )
