@@ -67,7 +67,9 @@ def precision(coco: COCO, images: Sequence[int], found: Sequence[Prediction]) ->
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return {"AP": round(100 * evaluation.stats[0], 2), "AP50": round(100 * evaluation.stats[1], 2)}
+    return {
+        name: round(100 * float(evaluation.stats[i]), 2) for i, name in enumerate(("AP", "AP50"))
+    }
 
 
 def agreement(expected: Sequence[Prediction], found: Sequence[Prediction]) -> dict[str, float]:

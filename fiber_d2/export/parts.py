@@ -165,8 +165,7 @@ class Graphs:
 
     def __init__(self, model: FIBER, *, deform_conv: str = "operator") -> None:
         model = replace_deform_convs(copy.deepcopy(model).cpu().float().eval(), deform_conv)
-        # Where gradients may be wanted, attention in windows is one formula for all sizes.
-        self.model = model.requires_grad_(True)
+        self.model = model
         swin = model.backbone.swin
         fused = [stage for stage, blocks in enumerate(swin.fused_blocks) if blocks]
         # Stages before the first fused one are the image's alone.
@@ -224,7 +223,7 @@ class Graphs:
             name,
             module,
             {key: self._inputs[key] for key in inputs},
-            {key: dict.fromkeys(self._varying[key], Dim.AUTO) for key in inputs},
+            {key: dict.fromkeys(self._varying[key], Dim.DYNAMIC) for key in inputs},
             outputs,
         )
 

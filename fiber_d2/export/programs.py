@@ -27,20 +27,18 @@ def check_torch() -> None:
 
 
 def trace(graph: Graph) -> ExportedProgram:
-    """The program of a graph, for every size of image and text.
-
-    Raises:
-        RuntimeError: this torch takes a size that varies for fixed.
-    """
+    """The program of a graph, for every size of image and text."""
     shapes: tuple[object, ...] = tuple(graph.dynamic_shapes.values())
     if isinstance(graph.module, FusedPart):
         shapes = (shapes,)  # its one parameter is *inputs
+    # Where gradients may be wanted, attention in windows is one formula for all sizes.
+    graph.module.requires_grad_(True)
     # Sizes of 1 are sizes as all others. Without this, tracing takes ten times as long, too.
     with _config.patch(backed_size_oblivious=True):
         program = torch.export.export(
             graph.module, tuple(graph.arguments.values()), dynamic_shapes=shapes, strict=False
         )
-    _check_sizes(program, graph)
+    # The program's weights are the module's.
     for weight in program.state_dict.values():
         weight.requires_grad_(False)
     # What torch noticed of the traced sizes (that the coarsest map has more than one place, say) is
@@ -48,20 +46,6 @@ def trace(graph: Graph) -> ExportedProgram:
     limits = program.range_constraints
     limits.update({size: type(limit)(1, limit.upper) for size, limit in limits.items()})
     return program
-
-
-def _check_sizes(program: ExportedProgram, graph: Graph) -> None:
-    """Dim.AUTO may end in fixed sizes without a word. (Dim.DYNAMIC may not, but takes sizes for
-    fixed that are not where it simplifies what it noticed of them.)"""
-    values = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
-    inputs = (values[name] for name in program.graph_signature.user_inputs)
-    for (name, axes), value in zip(graph.dynamic_shapes.items(), inputs):
-        fixed = [axis for axis in axes if not isinstance(value.shape[axis], torch.SymInt)]
-        if fixed:
-            raise RuntimeError(
-                f"torch {torch.__version__} fixes the sizes of {name} along {fixed}: "
-                f"{tuple(value.shape)}. Please report it, with this line."
-            )
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:
