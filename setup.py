@@ -129,6 +129,8 @@ REQUIREMENTS = [
 FAST = ["faster-coco-eval>=1.5"]
 # Pure Python, no further requirements; tensorboard brings Werkzeug along anyway.
 DEMO = ["waitress>=2.1", "Werkzeug>=2.3"]
+# `fiber-d2 export --format onnx` and what runs it.
+EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime"]
 DOCS = ["mkdocs>=1.6", "mkdocstrings-python>=1.16"]
 
 setup(
@@ -154,10 +156,11 @@ setup(
         "docs": DOCS,
         "lvis": ["lvis>=0.5.3"],
         "demo": DEMO,
+        "export": EXPORT,
         # A headless Chromium without any package of the system. Only a test uses it, in a process
         # of its own: it is under the GPL.
         "browser-test": ["PyQt6-WebEngine"],
-        "dev": [*FAST, *DEMO, *DOCS, "hypothesis>=6", "pytest>=7", "ruff>=0.6", "scipy"],
+        "dev": [*FAST, *DEMO, *DOCS, *EXPORT, "hypothesis>=6", "pytest>=7", "ruff>=0.6", "scipy"],
     },
     entry_points={
         "console_scripts": [

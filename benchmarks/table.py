@@ -131,6 +131,35 @@ def flickr_scoring_table(report: dict[str, Any]) -> str:
     return markdown(["evaluator", "processor seconds"], rows)
 
 
+def export_table(report: dict[str, Any]) -> str:
+    results = report["results"]
+    names = [
+        "",
+        "MB",
+        "processor seconds",
+        "AP",
+        "AP50",
+        "missing",
+        "scores differ by",
+        "boxes, pixels",
+    ]
+    rows = []
+    for name, found in results.items():
+        row = [name, f"{found['megabytes']:.1f}", with_spread(found["cpu_seconds"], 3)]
+        row += [f"{found[key]:.1f}" for key in ("AP", "AP50")]
+        if "missing" in found:
+            row += [
+                f"{found['missing']} of {found['detections']}",
+                f"{found['largest_score_difference']:.2g}",
+                f"{found['largest_box_difference_px']:.2g}",
+            ]
+        rows.append(row + [""] * (len(names) - len(row)))
+    return (
+        f"{report['images']} images, {report['classes']} classes; a detection with a score above "
+        "0.3 is missing where none of its class overlaps by 0.9.\n\n" + markdown(names, rows)
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "model": comparison_table,
     "chunks": comparison_table,
@@ -140,6 +169,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "data_loading": data_loading_table,
     "lvis_scoring": lvis_scoring_table,
     "flickr_scoring": flickr_scoring_table,
+    "export": export_table,
 }
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "score a model on test sets (as train_net.py --eval-only)",
     "validate": "check a data set before it costs a training run",
     "convert": "checkpoints and yaml files of the original FIBER to ours, or starts for training",
+    "export": "a model as ONNX or torch.export files, for other programs",
     "info": "versions, devices and operators: the first thing to paste into a bug report",
 }
 EPILOG = """examples:

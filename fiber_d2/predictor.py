@@ -98,18 +98,37 @@ class Predictor:
                 "There are no weights: name a checkpoint (the configuration names none)."
             )
         self.device = _choose_device(device)
-        self.tokenizer = load_tokenizer(settings.tokenizer)
-        self.threshold = _check_share("threshold", threshold)
-        self.batch_size = batch_size
-        self.image_format = settings.image_format
-        self.augmentations = T.AugmentationList(settings.augmentations)
+        self._set_up(
+            settings.tokenizer,
+            settings.prompts,
+            settings.image_format,
+            settings.augmentations,
+            threshold,
+            batch_size,
+        )
         self.model = settings.build().eval()
         checkpointer = FiberCheckpointer(self.model, weights=settings.kind_of_weights)
         checkpointer.load(path, checkpointables=[])
         self.model.requires_grad_(False).to(self.device)
+
+    def _set_up(
+        self,
+        tokenizer: str,
+        prompts: dict[str, Any],
+        image_format: str,
+        augmentations: Sequence[T.Augmentation],
+        threshold: float | None,
+        batch_size: int,
+    ) -> None:
+        """Everything but the model."""
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.threshold = _check_share("threshold", threshold)
+        self.batch_size = batch_size
+        self.image_format = image_format
+        self.augmentations = T.AugmentationList(augmentations)
         self._lock = threading.Lock()
         self._known = functools.lru_cache(maxsize=_REMEMBERED)(
-            lambda query: query.prompts(self.tokenizer, settings.prompts)
+            lambda query: query.prompts(self.tokenizer, prompts)
         )
 
     def __call__(
@@ -220,23 +239,38 @@ class Predictor:
         self, threshold: float | None, nms_thresh: float | None, max_detections: int | None
     ) -> nn.Module:
         """The model with other limits; weights are shared, and this one does not change."""
-        limits: dict[str, Any] = {}
         own = self.model.head.postprocessor
-        if threshold is not None and threshold**2 < own.score_thresh:
-            # A score is the root of class score times centerness: no candidate may be cut before.
-            limits["score_thresh"] = threshold**2
-        if nms_thresh is not None:
-            limits["nms_thresh"] = nms_thresh
-        if max_detections is not None:
-            if max_detections < 1:
-                raise ValueError(f"max_detections is {max_detections}, but has to be positive.")
-            limits.update(max_detections=max_detections, max_merged_detections=max_detections)
+        limits = changed_limits(own.score_thresh, threshold, nms_thresh, max_detections)
         if not limits:
             return self.model
         postprocessor = copy.copy(own)
         vars(postprocessor).update(limits)
         head = _shallow(self.model.head, postprocessor=postprocessor)
         return _shallow(self.model, head=head)
+
+
+def changed_limits(
+    score_thresh: float,
+    threshold: float | None,
+    nms_thresh: float | None,
+    max_detections: int | None,
+) -> dict[str, Any]:
+    """What a call changes of the post-processor's limits, whose ``score_thresh`` is given.
+
+    Raises:
+        ValueError: no detection is allowed.
+    """
+    limits: dict[str, Any] = {}
+    if threshold is not None and threshold**2 < score_thresh:
+        # A score is the root of class score times centerness: no candidate may be cut before.
+        limits["score_thresh"] = threshold**2
+    if nms_thresh is not None:
+        limits["nms_thresh"] = nms_thresh
+    if max_detections is not None:
+        if max_detections < 1:
+            raise ValueError(f"max_detections is {max_detections}, but has to be positive.")
+        limits.update(max_detections=max_detections, max_merged_detections=max_detections)
+    return limits
 
 
 def _shallow(module: nn.Module, **children: nn.Module) -> nn.Module:
