@@ -94,6 +94,8 @@ def add_fiber_config(cfg: CfgNode) -> None:
     cfg.MODEL.FIBER.PROMPT_BATCH_SIZE = 16
     # Memory for what evaluation remembers of captions between images; 0 for none.
     cfg.MODEL.FIBER.TEXT_CACHE_MIB = 256
+    # What torch.compile makes of the towers, the pyramid and the head: "inductor"; "" for nothing.
+    cfg.MODEL.FIBER.COMPILE_BACKEND = ""
 
     # Text: what the data side does with captions.
     cfg.FIBER = CfgNode()

@@ -20,6 +20,7 @@ from fiber_d2.layers import (
     modulated_deform_conv2d,
     resampled_offset_view,
 )
+from fiber_d2.layers.compilable import compilable
 
 _OFFSET_VIEWS = {"flat": flat_offset_view, "resampled": resampled_offset_view}
 KERNEL = 3
@@ -118,7 +119,12 @@ class DynamicHead(nn.Sequential):
         num_blocks: how many.
         checkpoint: keep the input of each block in training, and compute the block again in the
             backward pass.
+
+    Attributes:
+        compile_backend: of torch.compile, which runs the stack where this is not None.
     """
+
+    compile_backend: str | None = None
 
     def __init__(
         self,
@@ -144,6 +150,7 @@ class DynamicHead(nn.Sequential):
         self.channels = channels
         self.checkpoint = checkpoint
 
+    @compilable
     def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Levels ``(P, C, H_l, W_l)``, finest first, to the same shapes."""
         for block in self:

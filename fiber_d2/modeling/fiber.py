@@ -46,6 +46,9 @@ class FIBER(nn.Module):
             bounds the memory of images with many prompts.
         text_cache_mib: memory for what evaluation remembers of captions between images, the part
             of the text tower that precedes the exchange; 0 computes it anew for each image.
+        compile_backend: run the towers, the pyramid and the dynamic head through torch.compile,
+            "inductor" for its usual compiler; None does not compile. Sizes of images, captions and
+            batches may change without compiling again, but a batch of one is a case of its own.
 
     Attributes:
         text_cache: what is remembered of captions.
@@ -64,6 +67,7 @@ class FIBER(nn.Module):
         pixel_std: Sequence[float] = (57.375, 57.12, 58.395),
         prompt_batch_size: int = 16,
         text_cache_mib: int = 256,
+        compile_backend: str | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -71,6 +75,12 @@ class FIBER(nn.Module):
         self.prompt_batch_size = prompt_batch_size
         self.text_cache = TextCache(text_cache_mib * 2**20)
         self._in_evaluation_mode: tuple[str, ...] = ()
+        if compile_backend is not None and compile_backend not in torch.compiler.list_backends(()):
+            raise ValueError(
+                f"compile_backend is {compile_backend!r}, but torch.compile knows "
+                f"{', '.join(torch.compiler.list_backends(()))}."
+            )
+        backbone.compile_backend = head.tower.compile_backend = compile_backend
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
@@ -84,6 +94,7 @@ class FIBER(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "prompt_batch_size": cfg.MODEL.FIBER.PROMPT_BATCH_SIZE,
             "text_cache_mib": cfg.MODEL.FIBER.TEXT_CACHE_MIB,
+            "compile_backend": cfg.MODEL.FIBER.COMPILE_BACKEND or None,
         }
 
     @property

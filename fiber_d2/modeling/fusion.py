@@ -17,6 +17,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
 
 from fiber_d2.config import keyword_arguments
+from fiber_d2.layers.compilable import compilable
 
 from .fpn import FeaturePyramid
 from .roberta import RobertaEncoder
@@ -61,7 +62,13 @@ class FusionBackbone(Backbone):
         vision: the Swin tower; its ``fused_blocks`` say where text enters.
         text: the RoBERTa tower; its fused layers must be as many as the fused blocks.
         neck: the pyramid over stages 2, 3 and 4.
+
+    Attributes:
+        compile_backend: of torch.compile, which runs the three parts of the forward pass where
+            this is not None.
     """
+
+    compile_backend: str | None = None
 
     @configurable
     def __init__(
@@ -119,6 +126,7 @@ class FusionBackbone(Backbone):
                 return stage, depth - fused
         return len(self.swin.depths), 0
 
+    @compilable
     def image_prefix(self, images: torch.Tensor) -> ImagePrefix:
         """Everything before the first fused block, from normalised images ``(B, 3, H, W)``.
 
@@ -144,6 +152,7 @@ class FusionBackbone(Backbone):
             x = self._finish_stage(number, x, features)
         return ImagePrefix(x, tuple(features))
 
+    @compilable
     def text_prefix(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Text layers before the first exchange: ids, bool mask ``(P, T)`` -> ``(P, T, D)``."""
         embeddings, *layers = self.text.text_only()
@@ -152,6 +161,7 @@ class FusionBackbone(Backbone):
             x = self.text.call(layer, x, attention_mask)
         return x
 
+    @compilable
     def exchange(
         self,
         prefix: ImagePrefix,

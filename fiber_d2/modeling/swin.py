@@ -140,7 +140,10 @@ class WindowAttention(nn.Module):
             x = torch.roll(x, (shift, shift), dims=(1, 2))
         # What follows is done token by token, so padding is of no more use. Of a view that is not
         # contiguous torch would make one matrix product or several, as weights learn or not.
-        x = self.proj(x[:, :height, :width].contiguous())
+        x = x[:, :height, :width]
+        if torch.compiler.is_compiling():  # whether there is padding must not be a condition there
+            x = x.clone(memory_format=torch.contiguous_format)
+        x = self.proj(x.contiguous())
         if self.text_attention is None:
             return x
         return self.text_attention(x, text, text_mask, image_index)

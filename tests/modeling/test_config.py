@@ -112,6 +112,21 @@ def test_both_configurations_turn_on_checkpointing():
         assert [part.checkpoint for part in parts] == [on] * 3
 
 
+def test_both_configurations_turn_on_compilation():
+    cfg = LazyConfig.load(str(CONFIGS / "common/models/fiber_tiny.py"))
+    cfg.model.compile_backend = "inductor"
+    overrides = ["MODEL.FIBER.COMPILE_BACKEND", "inductor"]
+    for model, backend in (
+        (instantiate(cfg.model), "inductor"),
+        (from_yaml([*TINY, *overrides]), "inductor"),
+        (from_yaml(TINY), None),
+    ):
+        assert model.backbone.compile_backend == model.head.tower.compile_backend == backend
+    with pytest.raises(ValueError, match="compile_backend is 'indictor', but .*inductor"):
+        cfg.model.compile_backend = "indictor"
+        instantiate(cfg.model)
+
+
 def test_unfitting_towers_are_refused():
     with pytest.raises(ValueError, match="fused blocks have widths"):
         cfg = LazyConfig.load(str(CONFIGS / "common/models/fiber_tiny.py"))
