@@ -165,6 +165,7 @@ class Graphs:
 
     def __init__(self, model: FIBER, *, deform_conv: str = "operator") -> None:
         model = replace_deform_convs(copy.deepcopy(model).cpu().float().eval(), deform_conv)
+        model.backbone.compile_backend = model.head.tower.compile_backend = None
         self.model = model
         swin = model.backbone.swin
         fused = [stage for stage, blocks in enumerate(swin.fused_blocks) if blocks]

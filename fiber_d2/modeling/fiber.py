@@ -48,7 +48,8 @@ class FIBER(nn.Module):
             of the text tower that precedes the exchange; 0 computes it anew for each image.
         compile_backend: run the towers, the pyramid and the dynamic head through torch.compile,
             "inductor" for its usual compiler; None does not compile. Sizes of images, captions and
-            batches may change without compiling again, but a batch of one is a case of its own.
+            batches may change without compiling again, but for a batch of one, maps of one or two
+            windows, and sizes that were equal by chance when they were first seen.
 
     Attributes:
         text_cache: what is remembered of captions.

@@ -18,7 +18,7 @@ def run(model, size, tokens, index):
 
 @pytest.mark.slow
 def test_one_graph_for_all_sizes(build):
-    """``fullgraph`` makes an error of a break, the stance one of compiling again.
+    """The stance makes an error of compiling again, whatever the sizes.
 
     No two of the first sizes are equal by chance: what they have in common is taken for a rule.
     """
@@ -36,6 +36,7 @@ def test_one_graph_for_all_sizes(build):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     # Image prefix, text prefix, exchange with the pyramid, head.
     assert counters["stats"]["unique_graphs"] == 4
+    assert not counters["graph_break"]
 
 
 @pytest.mark.slow
