@@ -47,7 +47,7 @@ def test_gradients_of_compiled_parts(build):
         model = build().train()
         model.backbone.compile_backend = model.head.tower.compile_backend = backend
         outputs = run(model, (64, 96), 9, [0, 1, 0])
-        sum((x.square().mean() for x in outputs)).backward()
+        sum(x.square().mean() for x in outputs).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert len(gradients[0]) > 200
     assert gradients[0].keys() == gradients[1].keys()
