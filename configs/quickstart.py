@@ -54,7 +54,7 @@ model.head.postprocessor.score_thresh = 0.0
 
 train.output_dir = "output/quickstart"
 train.device = "cuda"
-train.max_iter = 1600
+train.max_iter = 1550
 train.eval_period = 0
 train.checkpointer.update(period=200, max_to_keep=2)
 train.clip_grad = 1.0
