@@ -81,7 +81,8 @@ class FIBER(nn.Module):
                 f"compile_backend is {compile_backend!r}, but torch.compile knows "
                 f"{', '.join(torch.compiler.list_backends(()))}."
             )
-        backbone.compile_backend = head.tower.compile_backend = compile_backend
+        if compile_backend is not None:
+            backbone.compile_backend = head.tower.compile_backend = compile_backend
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
