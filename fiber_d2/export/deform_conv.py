@@ -82,14 +82,22 @@ def deform_conv2d_by_grid_sample(
     return F.linear(sampled, weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
+def check_form(form: str) -> None:
+    """
+    Raises:
+        ValueError: a form that is not one of ``FORMS``.
+    """
+    if form not in FORMS:
+        raise ValueError(f"deform_conv is {form!r}; it must be one of {', '.join(FORMS)}.")
+
+
 def replace_deform_convs(model: nn.Module, form: str) -> nn.Module:
     """Put :class:`ExportedDeformConv` in the place of each deformable convolution of ``model``.
 
     Raises:
         ValueError: a form that is not one of ``FORMS``.
     """
-    if form not in FORMS:
-        raise ValueError(f"deform_conv is {form!r}; it must be one of {', '.join(FORMS)}.")
+    check_form(form)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, DeformConvNorm):

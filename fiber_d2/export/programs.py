@@ -57,6 +57,8 @@ def save_program(program: ExportedProgram, path: Path) -> None:
 def load_program(path: str | os.PathLike[str]) -> nn.Module:
     """A ``.pt2`` file as a module that takes the inputs in their order.
 
+    Torch unpickles parts of it, which can run code: load only files that you trust.
+
     The same is ``torch.export.load(path).module(check_guards=False)``, without this package. Guards
     are off, because they hold what torch noticed of the traced sizes (that a map has more than one
     window, say), not what the program needs.

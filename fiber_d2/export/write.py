@@ -17,7 +17,7 @@ from fiber_d2.predictor import Predictor
 from fiber_d2.predictor_settings import find_config, settings_of
 
 from . import onnx_files, programs
-from .deform_conv import FORMS
+from .deform_conv import check_form
 from .description import FILE, describe
 from .parts import Graphs
 from .quantize import quantize_onnx
@@ -95,8 +95,7 @@ def export(
 def _check(format: str, deform_conv: str, int8: bool, opset: int) -> None:
     if format not in FORMATS:
         raise ValueError(f"The format {format!r} is not known: it is one of {', '.join(FORMATS)}.")
-    if deform_conv not in FORMS:
-        raise ValueError(f"deform_conv is {deform_conv!r}; it must be one of {', '.join(FORMS)}.")
+    check_form(deform_conv)
     programs.check_torch()
     if format == "torch":
         if int8:

@@ -76,12 +76,13 @@ class FIBER(nn.Module):
         self.prompt_batch_size = prompt_batch_size
         self.text_cache = TextCache(text_cache_mib * 2**20)
         self._in_evaluation_mode: tuple[str, ...] = ()
-        if compile_backend is not None and compile_backend not in torch.compiler.list_backends(()):
-            raise ValueError(
-                f"compile_backend is {compile_backend!r}, but torch.compile knows "
-                f"{', '.join(torch.compiler.list_backends(()))}."
-            )
         if compile_backend is not None:
+            backends = torch.compiler.list_backends(())
+            if compile_backend not in backends:
+                raise ValueError(
+                    f"compile_backend is {compile_backend!r}, but torch.compile knows "
+                    f"{', '.join(backends)}."
+                )
             backbone.compile_backend = head.tower.compile_backend = compile_backend
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
