@@ -3,13 +3,18 @@
 // Output positions are processed in tiles that fit a core's cache: a tile is sampled into rows of
 // k*k*C numbers from the channels-last map, and one matrix product turns it into the output. The
 // backward pass samples again instead of keeping the rows, which would be k*k times the map.
+//
+// Map, weight and bias may be bfloat16, in the forward pass: places and weights of the samples, and
+// their sums, stay float32, and so is the output; rows and products are bfloat16.
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
 #include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -31,6 +36,27 @@ struct Geometry {
   int64_t pixels() const { return height * width; }
   int64_t positions() const { return out_height * out_width; }
 };
+
+// Between what is stored and what is computed with; bits, as compilers make vectors of these alone.
+INLINE float widen(float x) { return x; }
+INLINE double widen(double x) { return x; }
+INLINE float widen(at::BFloat16 x) {
+  const uint32_t bits = uint32_t(x.x) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof(y));
+  return y;
+}
+
+INLINE void store(float x, float& to) { to = x; }
+INLINE void store(double x, double& to) { to = x; }
+// To the nearest, of two to the even one; what is not a number stays so.
+INLINE void store(float x, at::BFloat16& to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  bits = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : rounded;
+  to.x = uint16_t(bits >> 16);
+}
 
 // Where one sampling point reads: four corners with bilinear weights, corners off the map at -1.
 template <typename T>
@@ -69,27 +95,27 @@ INLINE Point<T> locate(
 }
 
 // Rows `begin` to `end` (output positions of one image) of k*k*C samples, modulated.
-template <typename T>
+template <typename S, typename T>
 INLINE void sample(
     const Geometry& g,
-    const T* map,
+    const S* map,
     const T* offset,
     const T* mask,
-    const T* zeros,
+    const S* zeros,
     int64_t begin,
     int64_t end,
-    T* rows) {
+    S* rows) {
   for (int64_t position = begin; position < end; ++position) {
     for (int64_t tap = 0; tap < g.points(); ++tap, rows += g.channels) {
       const Point<T> p = locate(g, offset, mask, position, tap);
-      const T* a[4];
+      const S* a[4];
       for (int i = 0; i < 4; ++i) a[i] = p.corner[i] < 0 ? zeros : map + p.corner[i] * g.channels;
       const T w0 = p.weight[0] * p.mask, w1 = p.weight[1] * p.mask;
       const T w2 = p.weight[2] * p.mask, w3 = p.weight[3] * p.mask;
-      const T *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3];
+      const S *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3];
 #pragma omp simd
       for (int64_t c = 0; c < g.channels; ++c)
-        rows[c] = w0 * a0[c] + w1 * a1[c] + w2 * a2[c] + w3 * a3[c];
+        store(w0 * widen(a0[c]) + w1 * widen(a1[c]) + w2 * widen(a2[c]) + w3 * widen(a3[c]), rows[c]);
     }
   }
 }
@@ -158,12 +184,14 @@ INLINE void scatter(
 }
 
 // Versions per processor exist for plain functions only, not for templates.
-#define DEFINE_FOR(T)                                                                           \
+#define DEFINE_SAMPLE_FOR(S, T)                                                                 \
   FOR_EACH_CPU void sample_tile(                                                                \
-      const Geometry& g, const T* map, const T* offset, const T* mask, const T* zeros,          \
-      int64_t begin, int64_t end, T* rows) {                                                    \
-    sample<T>(g, map, offset, mask, zeros, begin, end, rows);                                   \
-  }                                                                                             \
+      const Geometry& g, const S* map, const T* offset, const T* mask, const S* zeros,          \
+      int64_t begin, int64_t end, S* rows) {                                                    \
+    sample<S, T>(g, map, offset, mask, zeros, begin, end, rows);                                \
+  }
+
+#define DEFINE_SCATTER_FOR(T)                                                                   \
   FOR_EACH_CPU void scatter_tile(                                                               \
       const Geometry& g, const T* map, const T* offset, const T* mask, const T* zeros,          \
       const T* grad_rows, int64_t begin, int64_t end, T* rows, T* grad_map, T* grad_offset,     \
@@ -173,9 +201,13 @@ INLINE void scatter(
         grad_mask, waste);                                                                      \
   }
 
-DEFINE_FOR(float)
-DEFINE_FOR(double)
-#undef DEFINE_FOR
+DEFINE_SAMPLE_FOR(float, float)
+DEFINE_SAMPLE_FOR(double, double)
+DEFINE_SAMPLE_FOR(at::BFloat16, float)
+DEFINE_SCATTER_FOR(float)
+DEFINE_SCATTER_FOR(double)
+#undef DEFINE_SAMPLE_FOR
+#undef DEFINE_SCATTER_FOR
 
 // Half of a usual second-level cache, so that rows are still there for the product.
 constexpr int64_t kTileBytes = 1 << 19;
@@ -227,9 +259,12 @@ Geometry check(
       offset.sizes() == at::IntArrayRef(offset_shape) && mask.sizes() == at::IntArrayRef(mask_shape),
       "deform_conv2d: offset and mask have shapes ", offset.sizes(), " and ", mask.sizes(),
       ", but need ", offset_shape, " and ", mask_shape);
-  for (const at::Tensor* other : {&offset, &mask, &weight})
-    TORCH_CHECK_VALUE(
-        other->scalar_type() == x.scalar_type(), "deform_conv2d needs tensors of one type");
+  const at::ScalarType computed = at::toOpMathType(x.scalar_type());
+  TORCH_CHECK_VALUE(
+      weight.scalar_type() == x.scalar_type() && offset.scalar_type() == computed &&
+          mask.scalar_type() == computed,
+      "deform_conv2d needs tensors of one type, but for bfloat16 map and weight, which need float32 "
+      "offset and mask");
   g.offset_step = offset.stride(0), g.mask_step = mask.stride(0);
   return g;
 }
@@ -251,14 +286,15 @@ at::Tensor forward(
   const at::Tensor x = x_in.contiguous(at::MemoryFormat::ChannelsLast);
   at::Tensor out = at::empty(
       {g.batch, g.out_channels, g.out_height, g.out_width},
-      x.options().memory_format(at::MemoryFormat::ChannelsLast));
+      offset.options().memory_format(at::MemoryFormat::ChannelsLast));
   if (out.numel() == 0) return out;
   const at::Tensor flat = out.permute({0, 2, 3, 1}).view({-1, g.out_channels});
   const at::Tensor zeros = at::zeros({g.channels}, x.options());
   const Tiles tiles(g, x.element_size());
   at::AutoDispatchBelowADInplaceOrView no_autograd_here;
   const Product product(kernel_matrix(weight), tiles.rows);
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "deform_conv2d", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "deform_conv2d", [&] {
+    using math_t = at::opmath_type<scalar_t>;
     at::parallel_for(0, tiles.total, 1, [&](int64_t first, int64_t last) {
       at::AutoDispatchBelowADInplaceOrView no_autograd;
       at::Tensor rows = at::empty({tiles.rows, g.columns()}, x.options());
@@ -269,8 +305,8 @@ at::Tensor forward(
         sample_tile(
             g,
             x.const_data_ptr<scalar_t>() + image * g.pixels() * g.channels,
-            offset.const_data_ptr<scalar_t>() + image * g.offset_step,
-            mask.const_data_ptr<scalar_t>() + image * g.mask_step,
+            offset.const_data_ptr<math_t>() + image * g.offset_step,
+            mask.const_data_ptr<math_t>() + image * g.mask_step,
             zeros.const_data_ptr<scalar_t>(),
             begin,
             end,

@@ -27,9 +27,14 @@ class Product {
  public:
   // For products with `matrix` (N, K), or with others of its type, of about `rows` rows.
   Product(const at::Tensor& matrix, int64_t rows) : matrix_(matrix), packed_(matrix) {
-    if (matrix.scalar_type() != at::kFloat || !at::hasMKLDNN()) return;
+    const bool brief = matrix.scalar_type() == at::kBFloat16;
+    if (!(brief || matrix.scalar_type() == at::kFloat) || !at::hasMKLDNN()) return;
     if (!at::globalContext().userEnabledMkldnn()) return;
     auto& all = c10::Dispatcher::singleton();
+    if (brief) {
+      const auto known = all.findSchema({"mkldnn::_is_mkldnn_bf16_supported", ""});
+      if (!known || !known->typed<bool()>().call()) return;
+    }
     const auto pack = all.findSchema({"mkldnn::_reorder_linear_weight", ""});
     const auto multiply = all.findSchema({"mkldnn::_linear_pointwise", ""});
     if (!pack || !multiply) return;
@@ -42,10 +47,12 @@ class Product {
     }
   }
 
-  // x (M, K) times the transposed matrix, plus a bias (N,), to `out` (M, N).
+  // x (M, K) times the transposed matrix, plus a bias (N,), to `out` (M, N) of any type.
   void write(at::Tensor& out, const at::Tensor& x, const std::optional<at::Tensor>& bias) const {
     if (multiply_)
       out.copy_(linear(x, packed_, bias));
+    else if (out.scalar_type() != x.scalar_type())
+      out.copy_(at::linear(x, matrix_, bias));
     else if (bias.has_value())
       at::addmm_out(out, *bias, x, matrix_.t());
     else

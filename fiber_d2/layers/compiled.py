@@ -19,6 +19,12 @@ def is_compiled() -> bool:
     return _REASON is None
 
 
+def is_bfloat16_fast() -> bool:
+    """Whether the compiled deformable convolution gains from bfloat16: only where the processor
+    has instructions that multiply it."""
+    return _BFLOAT16_IS_FAST
+
+
 def why_not_compiled() -> str | None:
     """Why the compiled operators cannot be used; None where they can."""
     return _REASON
@@ -34,9 +40,22 @@ def _load() -> str | None:
         return f"they were not built: run `{BUILD_COMMAND}` in the checkout, with a C++ compiler"
     except ImportError as error:
         return f"they were built for another torch ({error}): run `{BUILD_COMMAND}` again"
+    older = f"they were built from older sources: run `{BUILD_COMMAND}` again"
     if not all(hasattr(torch.ops.fiber_d2, name) for name in OPERATORS):
-        return f"they were built from older sources: run `{BUILD_COMMAND}` again"
+        return older
+    low, high = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16), torch.zeros(1, 2, 1, 1)
+    try:
+        torch.ops.fiber_d2.deform_conv2d(low, high, high[:, :1], low, None, 1, 0)
+    except (RuntimeError, ValueError):
+        return older  # which knew no bfloat16
     return None
+
+
+def _multiplies_bfloat16() -> bool:
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False  # an operator of another torch: what it is called is not public
 
 
 def _register_deform_conv() -> None:
@@ -51,7 +70,7 @@ def _register_deform_conv() -> None:
         padding: int,
     ) -> torch.Tensor:
         shape = (x.shape[0], weight.shape[0], *offset.shape[2:])
-        return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
+        return offset.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
     @torch.library.register_fake("fiber_d2::deform_conv2d_backward")
     def shapes_of_gradients(
@@ -76,11 +95,13 @@ def _register_deform_conv() -> None:
         ctx.save_for_backward(x, offset, mask, weight)
 
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradients = torch.ops.fiber_d2.deform_conv2d_backward(
-            grad, *ctx.saved_tensors, ctx.stride, ctx.padding
+        x, offset, mask, weight = ctx.saved_tensors
+        given, computed = x.dtype, offset.dtype  # bfloat16 and float32, or twice the same
+        x, offset, mask, weight = torch.ops.fiber_d2.deform_conv2d_backward(
+            grad, x.to(computed), offset, mask, weight.to(computed), ctx.stride, ctx.padding
         )
-        bias = grad.sum(dim=(0, 2, 3)) if ctx.has_bias else None
-        return (*gradients, bias, None, None)
+        bias = grad.sum(dim=(0, 2, 3)).to(given) if ctx.has_bias else None
+        return (x.to(given), offset, mask, weight.to(given), bias, None, None)
 
     torch.library.register_autograd("fiber_d2::deform_conv2d", backward, setup_context=remember)
 
@@ -126,6 +147,7 @@ def _register_focal_loss() -> None:
 
 
 _REASON = _load()
+_BFLOAT16_IS_FAST = _REASON is None and _multiplies_bfloat16()
 if _REASON is None:
     _register_deform_conv()
     _register_focal_loss()

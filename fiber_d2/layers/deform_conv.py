@@ -37,8 +37,13 @@ def modulated_deform_conv2d(
         weight: ``(O, C, k, k)``.
         bias: ``(O,)`` or None.
 
+    All are of one type, but that ``x``, ``weight`` and ``bias`` may be bfloat16 where ``offset``
+    and ``mask`` are float32, on CPUs with the compiled operator: samples are then located, weighted
+    and summed in float32, and multiplied with the weight in bfloat16.
+
     Returns:
-        ``(B, O, h, w)``. Positions outside the map read as zero, bilinearly blended at the border.
+        ``(B, O, h, w)``, of the type of ``offset``. Positions outside the map read as zero,
+        bilinearly blended at the border.
 
     On CUDA this is torchvision's kernel, on CPUs the compiled operator of ``csrc/``. Where that was
     not built, the sampling is one ``embedding_bag`` over the four corners of every sampling point
@@ -46,7 +51,7 @@ def modulated_deform_conv2d(
     """
     if x.is_cuda:
         return deform_conv2d(x, offset, weight, bias, stride=stride, padding=padding, mask=mask)
-    if x.device.type == "cpu" and x.dtype in COMPILED_DTYPES and is_compiled():
+    if x.device.type == "cpu" and offset.dtype in COMPILED_DTYPES and is_compiled():
         return torch.ops.fiber_d2.deform_conv2d(x, offset, mask, weight, bias, stride, padding)
     return _deform_conv2d_embedding_bag(
         x, offset, mask, weight, bias, stride=stride, padding=padding

@@ -21,13 +21,27 @@ from fiber_d2.layers import (
     resampled_offset_view,
 )
 from fiber_d2.layers.compilable import compilable
+from fiber_d2.layers.compiled import is_bfloat16_fast
 
 _OFFSET_VIEWS = {"flat": flat_offset_view, "resampled": resampled_offset_view}
 KERNEL = 3
 
 
+def _multiplied_in_bfloat16(device: torch.device) -> bool:
+    """Whether deformable convolutions multiply in bfloat16 here and now."""
+    return (
+        device.type == "cpu"
+        and is_bfloat16_fast()
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
+
+
 class DeformConvNorm(nn.Module):
-    """3x3 modulated deformable convolution with bias, then GroupNorm; float32 under autocast."""
+    """3x3 modulated deformable convolution with bias, then GroupNorm.
+
+    float32 under autocast too, but for the products of maps and weights that come in bfloat16.
+    """
 
     def __init__(self, channels: int, *, stride: int, norm_groups: int) -> None:
         super().__init__()
@@ -40,9 +54,13 @@ class DeformConvNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """``x`` (P, C, H, W), ``offset`` (P, 18, h, w), ``mask`` (P, 9, h, w) -> (P, C, h, w)."""
+        weight, bias = self.weight, self.bias
+        if _multiplied_in_bfloat16(x.device):
+            x, weight, bias = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
         with torch.autocast(x.device.type, enabled=False):
+            x = x.to(weight.dtype)
             x = modulated_deform_conv2d(
-                x.float(), offset.float(), mask.float(), self.weight, self.bias, stride=self.stride
+                x, offset.float(), mask.float(), weight, bias, stride=self.stride
             )
             return self.norm(x)
 
@@ -82,6 +100,8 @@ class DynamicHeadBlock(nn.Module):
 
     def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Levels ``(P, C, H_l, W_l)``, finest first, to the same shapes."""
+        if _multiplied_in_bfloat16(levels[0].device):
+            levels = [level.bfloat16() for level in levels]  # once for all that read them
         outputs = []
         for number, feature in enumerate(levels):
             offset, mask = self.offset(feature).split([2 * KERNEL**2, KERNEL**2], dim=1)

@@ -127,6 +127,67 @@ def test_reads_views_without_copies_of_its_own_making():
     assert torch.equal(operator(transposed, offset, mask, weight, bias, 1), plain)
 
 
+def in_bfloat16(x, offset, mask, weight, bias):
+    """As the operator takes them: where and how much to sample stays float32."""
+    return x.bfloat16(), offset.float(), mask.float(), weight.bfloat16(), bias.bfloat16()
+
+
+@compiled
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_rounds_samples_and_sums_alone(case, onednn):
+    stride = case[5]
+    inputs = in_bfloat16(*draw_inputs(*case))
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        found = operator(*inputs, stride)
+    assert found.dtype == torch.float32
+    doubles = [value.double() for value in inputs]
+    exact = torchvision_operator(*doubles, stride)
+    # A sample is off by 2^-9 of itself at most, a sum by as much again.
+    x, offset, mask, weight, bias = doubles
+    largest = torchvision_operator(x.abs(), offset, mask, weight.abs(), bias.abs(), stride)
+    assert ((found - exact).abs() <= 2.0**-8 * largest + 1e-6).all()
+    assert (found - exact).abs().max() > 0
+
+
+@compiled
+def test_bfloat16_without_offsets_is_a_convolution_to_the_last_sum():
+    x, offset, mask, weight, bias = in_bfloat16(*draw_inputs(1, 40, 9, 7, 5, 1, 0.0))
+    found = operator(x, offset, torch.ones_like(mask), weight, bias, 1)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    # Samples are the map's own numbers, so only the sums are rounded.
+    assert ((found - exact).abs() <= 2.0**-8 * exact.abs() + 1e-5).all()
+
+
+@compiled
+def test_gradients_of_bfloat16_are_those_of_float32():
+    inputs = in_bfloat16(*draw_inputs(2, 33, 11, 9, 6, 1, 1.5))
+    _, *found = run(operator, inputs, 1)
+    _, *expected = run(operator, [value.float() for value in inputs], 1)
+    for ours, theirs, given in zip(found, expected, inputs):
+        assert ours.dtype == given.dtype
+        torch.testing.assert_close(ours, theirs.to(given.dtype))
+
+
+@compiled
+def test_torch_knows_shapes_gradients_and_fakes_of_bfloat16():
+    inputs = in_bfloat16(*draw_inputs(2, 3, 5, 4, 2, 2, 1.0))
+    arguments = (*(value.requires_grad_() for value in inputs), 2, 1)
+    torch.library.opcheck(torch.ops.fiber_d2.deform_conv2d.default, arguments)
+
+
+@compiled
+def test_bfloat16_keeps_what_is_no_number_and_what_is_infinite():
+    inputs = list(in_bfloat16(*draw_inputs(1, 2, 4, 4, 2, 1, 0.0)))
+    inputs[2] = torch.ones_like(inputs[2])
+    for value in (float("nan"), float("inf"), torch.finfo(torch.bfloat16).max):
+        inputs[0][0, 1, 2, 1] = value
+        found = operator(*inputs, 1)
+        expected = operator(*(given.float() for given in inputs), 1)
+        assert torch.equal(found.isfinite(), expected.isfinite())
+        assert torch.equal(found.isnan(), expected.isnan())
+
+
 @compiled
 @pytest.mark.parametrize("batch", [0, 2])
 def test_torch_knows_shapes_gradients_and_fakes_of_it(batch):
@@ -156,6 +217,7 @@ def test_numbers_that_are_none_stay_visible():
         (lambda x, o, m, w, b: (x, o[:, :17], m, w, b), "offset and mask have shapes"),
         (lambda x, o, m, w, b: (x, o, m, w[:, :3], b), "does not fit a map"),
         (lambda x, o, m, w, b: (x, o.float(), m, w, b), "tensors of one type"),
+        (lambda x, o, m, w, b: in_bfloat16(x, o, m, w, b)[:2] + (m, w, b), "tensors of one type"),
         (lambda x, o, m, w, b: (x[0], o, m, w, b), "four-dimensional"),
     ],
 )

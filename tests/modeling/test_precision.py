@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from fiber_d2.layers import LayerNorm
+from fiber_d2.layers import LayerNorm, modulated_deform_conv2d
+from fiber_d2.layers.compiled import is_compiled, why_not_compiled
+from fiber_d2.modeling import dyhead
 from fiber_d2.modeling.fpn import FeaturePyramid
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -62,6 +64,28 @@ def test_what_stays_in_float32(build, dtype):
     assert streams and set(streams) == {torch.float32}
     for tensor in (outputs.token_logits, outputs.box_deltas, outputs.centerness, *losses.values()):
         assert tensor.dtype == torch.float32
+
+
+@pytest.mark.skipif(
+    not is_compiled(), reason=f"compiled operators are missing: {why_not_compiled()}"
+)
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("dtype", [None, *DTYPES], ids=str)
+def test_deformable_convolutions_multiply_in_bfloat16_where_processors_do(
+    build, monkeypatch, dtype, fast
+):
+    seen = set()
+
+    def watch(x, offset, mask, weight, bias, **kwargs):
+        out = modulated_deform_conv2d(x, offset, mask, weight, bias, **kwargs)
+        assert offset.dtype == mask.dtype == out.dtype == torch.float32
+        seen.update(value.dtype for value in (x, weight, bias))
+        return out
+
+    monkeypatch.setattr(dyhead, "is_bfloat16_fast", lambda: fast)
+    monkeypatch.setattr(dyhead, "modulated_deform_conv2d", watch)
+    run(build(), dtype)
+    assert seen == {torch.bfloat16 if fast and dtype == torch.bfloat16 else torch.float32}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

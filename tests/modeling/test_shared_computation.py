@@ -108,6 +108,22 @@ def test_captions_of_about_the_same_length_pass_together(small_model):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("pixels", "together"), [(1, [1] * 5), (64 * 96, [1] * 5), (64 * 96 + 1, [2, 2, 1])]
+)
+def test_on_a_cpu_large_images_take_few_captions_at_a_time(
+    small_model, monkeypatch, pixels, together
+):
+    item = make_item([make_prompt(n, seed=n, first_id=2 * n) for n in (9, 4, 12, 5, 8)])
+    assert item["image"].shape[1:] == (64, 96)
+    (expected,) = small_model([item])
+    monkeypatch.setattr("fiber_d2.modeling.fiber.CPU_PIXELS", pixels)
+    into = shapes_into(small_model.backbone.text.layers[-1])
+    (found,) = small_model([item])
+    assert [shape[0] for shape in into] == together
+    assert_same(found, expected)
+
+
 def test_images_and_captions_in_any_combination(small_model):
     """Chunks take some of the images; results come back to their own."""
     prompts = [make_prompt(n, seed=n, first_id=2 * n) for n in (9, 4, 12, 5)]
