@@ -96,6 +96,8 @@ def add_fiber_config(cfg: CfgNode) -> None:
     cfg.MODEL.FIBER.TEXT_CACHE_MIB = 256
     # What torch.compile makes of the towers, the pyramid and the head: "inductor"; "" for nothing.
     cfg.MODEL.FIBER.COMPILE_BACKEND = ""
+    # Evaluation in mixed precision, "bfloat16" or "float16"; "" is float32.
+    cfg.MODEL.FIBER.INFERENCE_PRECISION = ""
 
     # Text: what the data side does with captions.
     cfg.FIBER = CfgNode()

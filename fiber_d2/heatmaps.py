@@ -87,11 +87,13 @@ def token_probabilities(
         Each prompt, and for each level of the pyramid float32 ``(T, H_l, W_l)``, on the CPU.
     """
     prompts = [item["prompt"]] if isinstance(item["prompt"], Prompt) else item["prompt"]
-    prefix = model.backbone.image_prefix(model.preprocess_images([item]).tensor)
+    with model.inference_autocast():
+        prefix = model.backbone.image_prefix(model.preprocess_images([item]).tensor)
     for prompt in prompts:
         ids, mask = model.pad_prompts([prompt])
-        features = model.backbone.exchange(prefix, model.backbone.text_prefix(ids, mask), mask)
-        outputs = model.head(features.pyramid, features.text, mask)
+        with model.inference_autocast():
+            features = model.backbone.exchange(prefix, model.backbone.text_prefix(ids, mask), mask)
+            outputs = model.head(features.pyramid, features.text, mask)
         probabilities = outputs.token_logits[0].float().sigmoid().T.cpu()  # (T, A)
         sizes = [feature.shape[-2:] for feature in outputs.features]
         per_level = probabilities.split([h * w for h, w in sizes], dim=1)

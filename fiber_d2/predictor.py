@@ -20,6 +20,7 @@ from fiber_d2.data.mapper import prepare_image
 from fiber_d2.engine.checkpointer import FiberCheckpointer
 from fiber_d2.engine.overrides import load_config
 from fiber_d2.heatmaps import TokenHeatmaps, query_for_words, token_heatmaps
+from fiber_d2.layers.precision import dtype_of
 from fiber_d2.predictions import Prediction
 from fiber_d2.predictor_settings import find_config, settings_of, shipped_configs
 from fiber_d2.queries import QUERIES, Caption, Classes, Expression, Query, as_query
@@ -59,6 +60,8 @@ class Predictor:
         threshold: lowest score of what is returned, for calls that do not say it; None returns
             what an evaluation would.
         batch_size: images that pass the model together.
+        precision: "bfloat16" or "float16" for mixed precision, "float32"; by default as the
+            configuration says.
         overrides: ``key=value`` changes of a configuration that is given by its path or name.
 
     Raises:
@@ -82,6 +85,7 @@ class Predictor:
         device: str | torch.device | None = None,
         threshold: float | None = None,
         batch_size: int = 8,
+        precision: str | None = None,
         overrides: Sequence[str] = (),
     ) -> None:
         if batch_size < 1:
@@ -91,6 +95,8 @@ class Predictor:
             cfg = load_config(find_config(cfg_or_path), overrides)
         elif overrides:
             raise ValueError("Overrides are for configurations given by a path or a name.")
+        if precision not in (None, "float32"):
+            dtype_of(precision)
         settings = settings_of(cfg)
         path = os.fspath(weights) if weights is not None else settings.weights
         if not path:
@@ -110,6 +116,8 @@ class Predictor:
         checkpointer = FiberCheckpointer(self.model, weights=settings.kind_of_weights)
         checkpointer.load(path, checkpointables=[])
         self.model.requires_grad_(False).to(self.device)
+        if precision is not None:
+            self.model.inference_precision = None if precision == "float32" else precision
 
     def _set_up(
         self,

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from fiber_d2 import cli
+from fiber_d2.predictor import Expression, Predictor
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -81,6 +82,20 @@ def test_an_expression_has_one_box_whatever_its_score(predict, tiny, tmp_path):
     (found,) = json.loads((tmp_path / "output/predict/predictions.json").read_text()).values()
     assert [d["words"] for d in found["detections"]] == ["the red circle"]
     assert not (tmp_path / "output/predict/pictures").exists()
+
+
+def test_precision_is_the_predictor_s(predict, tiny, tmp_path):
+    scores = {}
+    for precision in ("float32", "bfloat16"):
+        code, _, _ = predict(tiny.images[0], "--expression", "the red circle", "--no-pictures",
+                             "--precision", precision)  # fmt: skip
+        assert code == 0
+        (found,) = json.loads((tmp_path / "output/predict/predictions.json").read_text()).values()
+        predictor = Predictor(tiny.config, tiny.weights, device="cpu", precision=precision)
+        best = predictor(tiny.images[0], Expression("the red circle")).best()
+        scores[precision] = found["detections"][0]["score"]
+        assert scores[precision] == pytest.approx(float(best["instances"].scores[0]))
+    assert scores["float32"] != scores["bfloat16"]
 
 
 def test_json_goes_to_standard_output(predict, tiny, tmp_path):

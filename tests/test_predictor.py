@@ -108,6 +108,31 @@ def test_equals_the_evaluation_pipeline_to_the_last_bit(
         assert found["instances"].image_size == expected.image_size
 
 
+def test_precision(tiny, predictor):
+    image = tiny.images[0]
+    plain = predictor(image, CLASSES)["instances"]
+    low = Predictor(tiny.config, tiny.weights, device="cpu", precision="bfloat16")
+    found = low(image, CLASSES)["instances"]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = predictor(image, CLASSES)["instances"]
+    assert same(found, expected) and not same(found, plain)
+    maps = low.token_heatmaps(image, CLASSES).levels
+    exact = predictor.token_heatmaps(image, CLASSES).levels
+    for ours, theirs in zip(maps, exact):
+        assert ours.dtype == torch.float32 and not torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)
+
+    override = ["model.inference_precision=bfloat16"]
+    by_name = Predictor(tiny.config, tiny.weights, device="cpu", overrides=override)
+    assert same(by_name(image, CLASSES)["instances"], expected)
+    back = Predictor(
+        tiny.config, tiny.weights, device="cpu", precision="float32", overrides=override
+    )
+    assert same(back(image, CLASSES)["instances"], plain)
+    with pytest.raises(ValueError, match="'int8' is not known"):
+        Predictor(tiny.config, tiny.weights, precision="int8")
+
+
 def test_more_classes_than_a_caption_holds(predictor, tiny):
     names = [f"{c} {s}" for c in ("red", "blue", "green", "grey") for s in ("circle", "cross")]
     found = predictor(tiny.images[0], names)

@@ -12,7 +12,12 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from fiber_d2.commands.predict import CONFIG, WEIGHTS
+from fiber_d2.commands.model_options import (
+    CONFIG,
+    WEIGHTS,
+    add_device_options,
+    add_model_options,
+)
 from fiber_d2.demo.app import DemoApp
 from fiber_d2.demo.examples import folder_examples, generated_examples
 from fiber_d2.demo.limits import Limits
@@ -45,11 +50,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     limits = Limits()
-    add("--config", "--config-file", default=CONFIG, help="configuration: a file, or the name of "
-        "one that comes with fiber_d2 (default: %(default)s)")  # fmt: skip
-    add("--weights", help="checkpoint, ours or the original FIBER's")
-    add("--opts", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the configuration")
-    add("--device", help="such as cpu, cuda:1 (default: a GPU where there is one)")
+    add_model_options(parser)
+    add_device_options(parser)
     add("--threshold", type=float, default=0.4, help="where the slider stands at first "
         "(default: %(default)s)")  # fmt: skip
     add("--examples", metavar="DIR", help="folder of pictures to begin with (default: generated "
@@ -127,7 +129,13 @@ def run(args: argparse.Namespace) -> int:
             examples = folder_examples(args.examples, max_pixels=limits.pixels)
         else:
             examples = generated_examples()
-        predictor = Predictor(args.config, weights, device=args.device, overrides=args.opts)
+        predictor = Predictor(
+            args.config,
+            weights,
+            device=args.device,
+            precision=args.precision,
+            overrides=args.opts,
+        )
 
         def ask(image: Image.Image, query: Query) -> Prediction:
             # An expression means one object, whose box is shown whatever its score.

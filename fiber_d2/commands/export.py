@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from fiber_d2.commands.model_options import add_model_options
 from fiber_d2.engine.errors import exit_status_of
 from fiber_d2.export.deform_conv import FORMS
 from fiber_d2.export.description import read_description
@@ -31,10 +32,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config", required=True, help="configuration: a file, or the name of one that comes "
-        "with fiber_d2")  # fmt: skip
-    add("--weights", help="checkpoint, ours or the original FIBER's")
-    add("--opts", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the configuration")
+    add_model_options(parser, default_config=None)
     add("--output", required=True, metavar="DIR", help="folder to write")
     add("--format", choices=FORMATS, default=FORMATS[0], help="default: %(default)s")
     add("--parts", action="store_true", help="text prefix, image prefix and the rest, instead of "

@@ -17,6 +17,12 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from fiber_d2.commands.model_options import (
+    CONFIG,
+    WEIGHTS,
+    add_device_options,
+    add_model_options,
+)
 from fiber_d2.data.images import read_pixels
 from fiber_d2.drawing import PANEL_SIDE
 from fiber_d2.engine.errors import (
@@ -37,7 +43,6 @@ VIDEOS = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"))
 HEATMAPS = 9
 MIN_PICTURE = 64
 _WEBCAM = re.compile(r"webcam(?::(\d+))?")
-CONFIG, WEIGHTS = "quickstart", os.path.join("output", "quickstart", "model_final.pth")
 
 EPILOG = f"""examples:
   fiber-d2 predict photo.jpg --classes cat dog "traffic light" --config C --weights W.pth
@@ -70,17 +75,14 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     what.add_argument("--caption", metavar="TEXT", help="a sentence, whose noun phrases are sought")
     what.add_argument("--expression", metavar="TEXT", help="what describes one object")
     add("--template", metavar="TEXT", help="words around class names, such as 'a {} on a road'")
-    add("--config", default=CONFIG, help="configuration: a file, or the name of one that comes "
-        "with fiber_d2 (default: %(default)s)")  # fmt: skip
-    add("--weights", help="checkpoint, ours or the original FIBER's")
-    add("--opts", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the configuration")
+    add_model_options(parser)
     add("--output", default="output/predict", metavar="DIR", help="default: %(default)s")
     add("--threshold", type=float, default=0.4, help="lowest score (default: %(default)s); an "
         "expression's best box is shown whatever its score")  # fmt: skip
     add("--max-detections", type=int, metavar="N", help="of an image at most")
     add("--best", action="store_true", help="only the best box of each class or phrase")
     add("--batch-size", type=int, default=4, metavar="N", help="default: %(default)s")
-    add("--device", help="such as cpu, cuda:1 (default: a GPU where there is one)")
+    add_device_options(parser)
     add("--every", type=int, default=1, metavar="N", help="of a video, every Nth frame")
     add("--frames", type=int, metavar="N", help="of a video, so many of them at most (default: "
         "all; of a webcam until Ctrl-C)")  # fmt: skip
@@ -311,7 +313,12 @@ def run(args: argparse.Namespace) -> int:
             )
         weights = WEIGHTS
     predictor = Predictor(
-        args.config, weights, device=args.device, batch_size=args.batch_size, overrides=args.opts
+        args.config,
+        weights,
+        device=args.device,
+        precision=args.precision,
+        batch_size=args.batch_size,
+        overrides=args.opts,
     )
     answers = Answers(predictor, question, args)
     status = 0

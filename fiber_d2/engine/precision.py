@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+from fiber_d2.layers.precision import dtype_of
 
 
 def choose_amp_dtype(device: str, name: str | None = None) -> torch.dtype:
@@ -18,11 +18,7 @@ def choose_amp_dtype(device: str, name: str | None = None) -> torch.dtype:
     if name is None:
         no_bf16 = device == "cuda" and not torch.cuda.is_bf16_supported()
         return torch.float16 if no_bf16 else torch.bfloat16
-    if name not in AMP_DTYPES:
-        raise ValueError(
-            f"Mixed precision in {name!r} is not known; choose {' or '.join(AMP_DTYPES)}."
-        )
-    return AMP_DTYPES[name]
+    return dtype_of(name)
 
 
 class StepScaler:

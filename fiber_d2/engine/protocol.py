@@ -72,6 +72,13 @@ def describe_limits(model: Any) -> dict[str, Any]:
     return limits
 
 
+def describe_precision(model: Any) -> str:
+    """The number format of a model's detections."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    names = (getattr(module, "inference_precision", None) for module in modules)
+    return next((name for name in names if name), "float32")
+
+
 def describe_evaluation(
     *,
     dataset: str,
@@ -104,6 +111,7 @@ def describe_evaluation(
         **(describe_prompts(prompts) if prompts is not None else {}),
         "prompts_and_images": settings,
         "limits": describe_limits(model),
+        "precision": describe_precision(model),
         "checkpoint": checkpoint,
         "weights": weights,
         **notes,

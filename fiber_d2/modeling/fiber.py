@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from detectron2.modeling.proposal_generator import build_proposal_generator
 from detectron2.structures import ImageList, Instances
 from torch import nn
 
+from fiber_d2.layers.precision import dtype_of
 from fiber_d2.structures import Prompt
 
 from .fusion import FusionBackbone, ImagePrefix
@@ -55,6 +57,9 @@ class FIBER(nn.Module):
             "inductor" for its usual compiler; None does not compile. Sizes of images, captions and
             batches may change without compiling again, but for a batch of one, maps of one or two
             windows, and sizes that were equal by chance when they were first seen.
+        inference_precision: "bfloat16" or "float16" for evaluation in mixed precision; None leaves
+            it to the caller's autocast, and float32 without one. Weights, scores and boxes are
+            float32 in any case.
 
     Attributes:
         text_cache: what is remembered of captions.
@@ -74,8 +79,12 @@ class FIBER(nn.Module):
         prompt_batch_size: int = 16,
         text_cache_mib: int = 256,
         compile_backend: str | None = None,
+        inference_precision: str | None = None,
     ) -> None:
         super().__init__()
+        if inference_precision is not None:
+            dtype_of(inference_precision)
+        self.inference_precision = inference_precision
         self.backbone = backbone
         self.head = head
         self.prompt_batch_size = prompt_batch_size
@@ -103,6 +112,7 @@ class FIBER(nn.Module):
             "prompt_batch_size": cfg.MODEL.FIBER.PROMPT_BATCH_SIZE,
             "text_cache_mib": cfg.MODEL.FIBER.TEXT_CACHE_MIB,
             "compile_backend": cfg.MODEL.FIBER.COMPILE_BACKEND or None,
+            "inference_precision": cfg.MODEL.FIBER.INFERENCE_PRECISION or None,
         }
 
     @property
@@ -186,6 +196,18 @@ class FIBER(nn.Module):
         weights were trained with it), so only images that need the same padded size pass
         together; captions may differ.
         """
+        with self.inference_autocast():
+            return self._detect_batch(batched_inputs)
+
+    def inference_autocast(self) -> AbstractContextManager[Any]:
+        """The context of ``inference_precision``."""
+        if self.inference_precision is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype_of(self.inference_precision))
+
+    def _detect_batch(
+        self, batched_inputs: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Instances]]:
         unit = self.backbone.size_divisibility
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, item in enumerate(batched_inputs):

@@ -79,6 +79,7 @@ def test_it_holds_what_a_number_depends_on(caplog):
     assert settings["augmentations"] == ["Resize(shape=(64, 64))"]
     assert "num_workers" not in settings
     assert found["limits"]["score_thresh"] == 0.25
+    assert found["precision"] == "float32"
     assert found["limits"]["scope"] == "per image: 300"
     assert found["more"] == 1 and found["weights"] == "EMA"
     with caplog.at_level(logging.INFO, logger="fiber_d2"):
@@ -97,6 +98,14 @@ def test_prompts_that_a_data_set_brings_along_are_told():
         assert protocol(loader_settings=without)["prompts_and_images"]["templates"] is None
     finally:
         MetadataCatalog.remove("a_protocol")
+
+
+def test_the_precision_of_a_model_is_told_however_it_is_wrapped():
+    model = nn.Linear(1, 1)
+    model.inference_precision = "bfloat16"
+    assert protocol(model=nn.Sequential(model))["precision"] == "bfloat16"
+    model.inference_precision = None
+    assert protocol(model=nn.Sequential(model))["precision"] == "float32"
 
 
 def test_models_without_limits():

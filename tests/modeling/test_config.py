@@ -127,6 +127,19 @@ def test_both_configurations_turn_on_compilation():
         instantiate(cfg.model)
 
 
+def test_both_configurations_choose_the_precision_of_evaluation():
+    cfg = LazyConfig.load(str(CONFIGS / "common/models/fiber_tiny.py"))
+    assert instantiate(cfg.model).inference_precision is None
+    assert from_yaml(TINY).inference_precision is None
+    cfg.model.inference_precision = "float16"
+    assert instantiate(cfg.model).inference_precision == "float16"
+    yaml = [*TINY, "MODEL.FIBER.INFERENCE_PRECISION", "bfloat16"]
+    assert from_yaml(yaml).inference_precision == "bfloat16"
+    cfg.model.inference_precision = "float8"
+    with pytest.raises(ValueError, match="'float8' is not known; choose bfloat16 or float16"):
+        instantiate(cfg.model)
+
+
 def test_unfitting_towers_are_refused():
     with pytest.raises(ValueError, match="fused blocks have widths"):
         cfg = LazyConfig.load(str(CONFIGS / "common/models/fiber_tiny.py"))

@@ -5,8 +5,10 @@ import torch
 
 from fiber_d2.layers import LayerNorm, modulated_deform_conv2d
 from fiber_d2.layers.compiled import is_compiled, why_not_compiled
+from fiber_d2.layers.precision import LOW_PRECISION
 from fiber_d2.modeling import dyhead
 from fiber_d2.modeling.fpn import FeaturePyramid
+from fiber_d2.structures import Prompt
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -86,6 +88,39 @@ def test_deformable_convolutions_multiply_in_bfloat16_where_processors_do(
     monkeypatch.setattr(dyhead, "modulated_deform_conv2d", watch)
     run(build(), dtype)
     assert seen == {torch.bfloat16 if fast and dtype == torch.bfloat16 else torch.float32}
+
+
+def test_evaluation_in_another_precision_is_that_of_autocast_around_it(build):
+    model = build().eval()
+    model.head.postprocessor.score_thresh = 0.0
+    images, ids, mask = inputs()
+    positive_map = torch.eye(9)[1:3]
+    items = [
+        {"image": image, "prompt": Prompt("", row, keep, positive_map, torch.arange(2))}
+        for image, row, keep in zip(images * 40 + 120, ids, mask)
+    ]
+    plain = model(items)
+    for name, dtype in LOW_PRECISION.items():
+        with torch.autocast("cpu", dtype):
+            expected = model(items)
+        model.inference_precision = name
+        found = model(items)
+        model.inference_precision = None
+        for ours, theirs, exact in zip(found, expected, plain):
+            ours, theirs = ours["instances"], theirs["instances"]
+            assert ours.scores.dtype == ours.pred_boxes.tensor.dtype == torch.float32
+            assert torch.equal(ours.scores, theirs.scores)
+            assert torch.equal(ours.pred_boxes.tensor, theirs.pred_boxes.tensor)
+            assert not torch.equal(ours.scores, exact["instances"].scores)
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_the_precision_of_evaluation_is_not_that_of_training(build):
+    model = build().train()
+    expected = run(model)[2]
+    model.inference_precision = "bfloat16"
+    found = run(model)[2]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -83,4 +83,6 @@ model = L(FIBER)(
     prompt_batch_size=16,
     # Of evaluation: memory for what of captions is the same for all images, 0 for none.
     text_cache_mib=256,
+    # "bfloat16" or "float16": evaluation in mixed precision.
+    inference_precision=None,
 )
