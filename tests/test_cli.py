@@ -84,6 +84,14 @@ def test_an_expression_has_one_box_whatever_its_score(predict, tiny, tmp_path):
     assert not (tmp_path / "output/predict/pictures").exists()
 
 
+def test_the_summary_counts_and_says_what_to_try(predict, tiny):
+    image, folder = tiny.images[0], tiny.images[0].parent
+    _, out, _ = predict(image, "--expression", "the red circle", "--no-pictures")
+    assert out.startswith("1 box in 1 image: ")
+    _, out, _ = predict(folder, "--classes", "circle", "--threshold", 0.999, "--no-pictures")
+    assert out.startswith("0 boxes in 2 images (no score reaches 0.999; --threshold lowers that): ")
+
+
 def test_precision_is_the_predictor_s(predict, tiny, tmp_path):
     scores = {}
     for precision in ("float32", "bfloat16"):
@@ -127,7 +135,7 @@ def test_a_bad_image_is_left_out(predict, tiny, tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
     code, out, err = predict("*.jpg", tiny.images[0], "--caption", "a circle and a cross",
                              "--no-pictures")  # fmt: skip
-    assert code == 1 and "in 1 images" in out
+    assert code == 1 and "in 1 image" in out and "images" not in out
     assert err.count("left out:") == 1 and "a.jpg" in err and "Traceback" not in err
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -338,9 +338,18 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(json.dumps(everything) + "\n")
     else:
-        boxes = sum(len(one.instances) for one in found.values())
-        sys.stdout.write(f"{boxes} boxes in {len(found)} images: {output}\n")
+        sys.stdout.write(f"{summary_of(found, args.threshold)}: {output}\n")
     return status or (FAILURE_EXIT_CODE if answers.failed else 0)
+
+
+def summary_of(found: Mapping[str, Prediction], threshold: float) -> str:
+    """How many boxes were found, and where there are none what may be the reason."""
+    boxes = sum(len(one.instances) for one in found.values())
+    text = f"{boxes} box{'' if boxes == 1 else 'es'} in {len(found)} image"
+    text += "" if len(found) == 1 else "s"
+    if found and not boxes:
+        text += f" (no score reaches {threshold:g}; --threshold lowers that)"
+    return text
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

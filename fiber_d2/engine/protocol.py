@@ -160,6 +160,7 @@ def log_protocol(protocol: Mapping[str, Any]) -> None:
         ("captions per image", _captions(protocol)),
         ("prompts and images", _listed(settings)),
         ("limits", _listed(limits)),
+        ("precision", protocol["precision"]),
         ("weights", f"{protocol['weights']} of {protocol['checkpoint'] or 'a random start'}"),
     ]
     table = tabulate([row for row in rows if row[1]], tablefmt="plain", disable_numparse=True)

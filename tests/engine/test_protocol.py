@@ -1,4 +1,5 @@
 import logging
+import re
 
 import detectron2.data.transforms as T
 import pytest
@@ -86,6 +87,7 @@ def test_it_holds_what_a_number_depends_on(caplog):
         log_protocol(found)
     assert "2, at most 9 tokens in the first image" in caplog.text
     assert "EMA of a.pth" in caplog.text
+    assert re.search("precision +float32", caplog.text)
 
 
 def test_prompts_that_a_data_set_brings_along_are_told():
