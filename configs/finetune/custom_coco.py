@@ -36,6 +36,8 @@ train.eval_period = 0
 
 dataloader.train.datasets = ["custom_train"]
 dataloader.train.weights = None
+# All classes in each caption; {} draws some, for more classes than a caption holds.
+dataloader.train.sampled_classes = None
 dataloader.train.total_batch_size = 8
 dataloader.train.augmentations[1].update(
     short_edge_length=[192, 224, 256], max_size=384, sample_style="choice"

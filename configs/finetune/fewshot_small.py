@@ -21,6 +21,7 @@ train.early_stop = dict(patience=8)
 dataloader.train.update(
     datasets=["shapes_detection_train"],
     weights=None,
+    sampled_classes=None,
     total_batch_size=4,
 )
 dataloader.train.augmentations[1].update(
