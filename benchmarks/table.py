@@ -131,6 +131,14 @@ def flickr_scoring_table(report: dict[str, Any]) -> str:
     return markdown(["evaluator", "processor seconds"], rows)
 
 
+def start_up_table(report: dict[str, Any]) -> str:
+    rows = [
+        [name, with_spread(found["seconds"]), with_spread(found["cpu_seconds"])]
+        for name, found in report["results"].items()
+    ]
+    return markdown(["program", "seconds", "processor seconds"], rows)
+
+
 def export_table(report: dict[str, Any]) -> str:
     results = report["results"]
     names = [
@@ -170,6 +178,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "lvis_scoring": lvis_scoring_table,
     "flickr_scoring": flickr_scoring_table,
     "export": export_table,
+    "start_up": start_up_table,
 }
 
 
