@@ -8,6 +8,7 @@ import pytest
 import torch
 from torchvision.ops import deform_conv2d
 
+from fiber_d2.layers import compiled as compiled_operators
 from fiber_d2.layers import flat_offset_view, modulated_deform_conv2d
 from fiber_d2.layers.compiled import is_compiled, why_not_compiled
 from fiber_d2.layers.deform_conv import _deform_conv2d_embedding_bag
@@ -237,6 +238,16 @@ def test_layer_uses_it_where_it_can():
         modulated_deform_conv2d(*inputs)
     keys = {event.name for event in profile.events()}
     assert "fiber_d2::deform_conv2d" in keys and "aten::embedding_bag" not in keys
+
+
+@compiled
+def test_a_library_built_from_older_sources_is_not_used(monkeypatch):
+    def knows_no_bfloat16(x, *arguments):
+        raise RuntimeError(f"not implemented for {x.dtype}")
+
+    assert compiled_operators._load() is None
+    monkeypatch.setattr(torch.ops.fiber_d2, "deform_conv2d", knows_no_bfloat16)
+    assert "older sources: run `python setup.py build_ext" in compiled_operators._load()
 
 
 WITHOUT = """
