@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fiber_d2.data import load_detection_json, load_grounding_json
@@ -243,6 +243,7 @@ LOADERS = {
 
 @pytest.mark.parametrize("kind", SHAPES)
 @given(steps=damages())
+@example(steps=[("images", "set", 0, 14, 2)])  # two images of one id
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_what_passes_can_be_read_and_what_is_repaired_stays_so(kind, steps, shapes):
     content = json.loads((shapes / f"annotations/{SHAPES[kind]}_val.json").read_text())

@@ -58,7 +58,10 @@ def repair(source: Source, facts: Facts) -> tuple[Any, Counter[str]]:
     counts: Counter[str] = Counter()
     images = list(_repair_images(source, facts, counts))
     listed = {i["id"] for i in content["images"] if isinstance(i, dict) and is_id(i.get("id"))}
-    kept = {i["id"]: i for i in images if isinstance(i, dict) and is_id(i.get("id"))}
+    kept: dict[Any, Entry] = {}
+    for image in images:
+        if isinstance(image, dict) and is_id(image.get("id")):
+            kept.setdefault(image["id"], image)  # the checks, too, take the first of an id
     entries = content.get("annotations")
     if not isinstance(entries, list):  # a file of images to be tested on
         return {**content, "images": images}, counts
