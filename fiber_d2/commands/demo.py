@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from PIL import Image
 
 from fiber_d2.commands.model_options import (
-    CONFIG,
     WEIGHTS,
     add_device_options,
     add_model_options,
+    weights_of,
 )
 from fiber_d2.demo.app import DemoApp
 from fiber_d2.demo.examples import folder_examples, generated_examples
@@ -115,14 +115,7 @@ def run(args: argparse.Namespace) -> int:
         waiting=args.waiting,
         timeout=args.timeout,
     )
-    weights = args.weights
-    if weights is None and args.config == CONFIG:
-        if not os.path.isfile(WEIGHTS):
-            raise FileNotFoundError(
-                f"There is no {WEIGHTS} here: run `make quickstart` first, which trains it in some "
-                "minutes, or name a configuration by --config and a checkpoint by --weights."
-            )
-        weights = WEIGHTS
+    weights = weights_of(args)
     # Before the model is loaded: a port that is taken is told at once.
     with listen(args.host, args.port) as listener:
         if args.examples:

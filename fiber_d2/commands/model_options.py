@@ -24,6 +24,22 @@ def add_model_options(
     add("--opts", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the configuration")
 
 
+def weights_of(args: argparse.Namespace) -> str | None:
+    """--weights, or those of the quickstart where its configuration answers.
+
+    Raises:
+        FileNotFoundError: the quickstart was not trained here.
+    """
+    if args.weights is not None or args.config != CONFIG:
+        return args.weights
+    if not os.path.isfile(WEIGHTS):
+        raise FileNotFoundError(
+            f"There is no {WEIGHTS} here: train the quickstart first (`make quickstart`, some "
+            "minutes), or name a configuration by --config and a checkpoint by --weights."
+        )
+    return WEIGHTS
+
+
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """--device and --precision."""
     add = parser.add_argument

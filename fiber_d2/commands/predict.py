@@ -18,10 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from fiber_d2.commands.model_options import (
-    CONFIG,
     WEIGHTS,
     add_device_options,
     add_model_options,
+    weights_of,
 )
 from fiber_d2.data.images import read_pixels
 from fiber_d2.drawing import PANEL_SIDE
@@ -304,17 +304,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--heatmaps are pictures: leave --no-pictures out.")
     question = question_of(args)
     paths = find_inputs(args.inputs)
-    weights = args.weights
-    if weights is None and args.config == CONFIG:
-        if not os.path.isfile(WEIGHTS):
-            raise FileNotFoundError(
-                f"There are no weights: name them by --weights, or train the quickstart first, "
-                f"which leaves {WEIGHTS}."
-            )
-        weights = WEIGHTS
     predictor = Predictor(
         args.config,
-        weights,
+        weights_of(args),
         device=args.device,
         precision=args.precision,
         batch_size=args.batch_size,

@@ -53,9 +53,11 @@ def _load() -> str | None:
 
 def _multiplies_bfloat16() -> bool:
     try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        # What oneDNN supports may be emulated: AVX-512 alone does not multiply bfloat16.
+        instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(instructions and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):
-        return False  # an operator of another torch: what it is called is not public
+        return False  # of another torch: what these are called is not public
 
 
 def _register_deform_conv() -> None:
