@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from .interrupts import is_repetition
 from .partial import SavedPredictions
 from .preemption import awaited, end_if_preempted
 
@@ -25,9 +26,8 @@ logger = logging.getLogger(__name__)
 Batch = Sequence[Mapping[str, Any]]
 
 PROGRESS_SECONDS = 5.0
-# The signal may come twice at once, from the terminal and from the parent process.
+# Two signals at once are one for the user.
 _SECOND_THOUGHT_SECONDS = 1.0
-
 
 # What to do after a signal that ends the program.
 _GO_ON = "The same command, for a training with --resume, evaluates again."
@@ -192,6 +192,8 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
 
     def handle(number: int, frame: Any) -> None:
         nonlocal first
+        if is_repetition():
+            return
         if stop.is_set() and time.monotonic() - first > _SECOND_THOUGHT_SECONDS:
             raise KeyboardInterrupt
         if not stop.is_set():

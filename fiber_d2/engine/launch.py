@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
 
+from .interrupts import hear_and_die, hear_no_more, hear_once, held_back
 from .processes import Reports, notice_lost_contact, wait_for_processes
 from .rendezvous import Address, Meeting, local_interface, open_process_store, parse_dist_url
 
@@ -155,21 +157,23 @@ def launch(
     )
     meeting.gather(**{"--num-gpus": num_processes, "the device": device})
     reports = Reports()
-    context = mp.spawn(
-        _process,
-        nprocs=num_processes,
-        args=(
-            main_func,
-            args,
-            Placement(0, num_machines * num_processes, 0, num_processes),
-            machine_rank,
-            meeting.address,
-            device,
-            timeout,
-            reports,
-        ),
-        join=False,
-    )
+    with held_back():
+        context = mp.spawn(
+            _process,
+            nprocs=num_processes,
+            args=(
+                main_func,
+                args,
+                Placement(0, num_machines * num_processes, 0, num_processes),
+                machine_rank,
+                meeting.address,
+                device,
+                timeout,
+                reports,
+                multiprocessing.get_start_method(),
+            ),
+            join=False,
+        )
     wait_for_processes(
         context.processes,
         first_rank=machine_rank * num_processes,
@@ -189,15 +193,26 @@ def _process(
     device: str,
     timeout: timedelta,
     reports: Reports,
+    start_method: str,
 ) -> None:
-    """A spawned process; ``first`` is the placement of the one with both ranks 0."""
+    """A spawned process.
+
+    Args:
+        first: the placement of the one with both ranks 0.
+        start_method: of the processes that load its data. By itself a spawned process spawns, too:
+            each of those would load all modules anew and get a copy of its data set.
+    """
+    multiprocessing.set_start_method(start_method, force=True)
     with reports.of(local_rank):
+        hear_and_die()
         _choose_interface(address)
         rank = machine_rank * first.local_world_size + local_rank
         placement = replace(first, rank=rank, local_rank=local_rank)
         store = open_process_store(address, timeout)
         with _process_group(placement, device, timeout, store=store):
+            hear_once()
             main_func(*args)
+        hear_no_more()
 
 
 def _run_placed(
@@ -210,9 +225,13 @@ def _run_placed(
     if placement.world_size == 1:
         main_func(*args)
         return
+    hear_and_die()
     _choose_interface(Address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
     with _process_group(placement, device, timeout, init_method="env://"):
+        # torchrun passes interrupts on.
+        hear_once()
         main_func(*args)
+    hear_no_more()
 
 
 @contextmanager

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,14 +26,11 @@ from .launch import DEFAULT_TIMEOUT, Placement, choose_device, launch, read_plac
 from .overrides import import_user_modules, load_config
 from .pictures import BEST_WORST, SPREAD
 from .preemption import listening, passing_on
-from .processes import notice_lost_contact
+from .processes import interrupt_children, notice_lost_contact
 from .resolve import config_text, resolve_config
 from .train import run_lazy_config
 
 PROGRAM = "fiber-d2-train"
-
-# Time to finish the batch at work.
-_GRACE_SECONDS = 60
 
 # Of the processes of a run, by the names that argparse gives them.
 LAUNCH_OPTIONS = ("num_gpus", "num_machines", "machine_rank", "dist_url")
@@ -272,7 +267,7 @@ def _exit_on_interrupt(
     except KeyboardInterrupt as error:
         if parent:
             # Without its terminal a program is told alone: its processes have to know.
-            _interrupt_children()
+            interrupt_children()
         if reporter.is_first():
             if isinstance(error, EvaluationInterrupted):
                 hint = str(error)
@@ -282,17 +277,6 @@ def _exit_on_interrupt(
             sys.stderr.write(f"{args.program}: interrupted. {hint}\n")
             sys.stderr.flush()
         sys.exit(INTERRUPTED_EXIT_CODE)
-
-
-def _interrupt_children() -> None:
-    children = multiprocessing.active_children()
-    for child in children:
-        os.kill(child.pid, signal.SIGINT)
-    for child in children:
-        child.join(_GRACE_SECONDS)
-        if child.is_alive():
-            child.terminate()
-            child.join()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from .errors import FAILURE_EXIT_CODE, LOST_CONTACT_EXIT_CODE, ORDERLY_EXIT_CODES, LostContactError
+from .interrupts import hear_no_more
 from .rendezvous import Meeting
 
 GO_ON = "Start the job again, on all machines, with --resume to go on from the last checkpoint."
@@ -27,6 +28,8 @@ GO_ON = "Start the job again, on all machines, with --resume to go on from the l
 _POLL_SECONDS = 1.0
 # After a failure, for the others to notice it by themselves; then once more after each signal.
 _GRACE_SECONDS = 10.0
+# After an interrupt, to finish the batch at work.
+_BATCH_SECONDS = 60.0
 # For the news of a failure to come from another machine, when contact is lost.
 _NEWS_SECONDS = 5.0
 # A queue takes so much without a reader.
@@ -102,6 +105,7 @@ def _leave(code: int) -> None:
 
     Threads of a process group whose partner is gone can abort it, or keep it waiting.
     """
+    hear_no_more()
     for child in multiprocessing.active_children():
         child.terminate()
     # The part of the farewell that waits for nobody: semaphores of loaders are given back. Python
@@ -225,6 +229,22 @@ def _await_news(meeting: Meeting | None) -> str | None:
             return news
         time.sleep(_POLL_SECONDS / 5)
     return None
+
+
+def interrupt_children() -> None:
+    """Pass Ctrl-C on to the processes started here, and see that they end.
+
+    A second Ctrl-C does not wait until they have finished what they are at.
+    """
+    children = multiprocessing.active_children()
+    try:
+        for child in children:
+            os.kill(child.pid, signal.SIGINT)
+        _join(children, _BATCH_SECONDS)
+    except KeyboardInterrupt:
+        for child in children:
+            child.kill()
+    _end(children)
 
 
 def _join(processes: Sequence[BaseProcess], seconds: float) -> None:

@@ -1,5 +1,6 @@
 """Whole evaluations by train_net.py that are interrupted, killed, resumed, and distributed."""
 
+import contextlib
 import json
 import os
 import runpy
@@ -144,6 +145,17 @@ def wait_for_lines(process, folder, dataset, count):
         time.sleep(0.02)
 
 
+def insist(process, number):
+    """The signal again and again, to the processes that this one has started, until it ends."""
+    while process.poll() is None:
+        for pid in map(
+            int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        time.sleep(0.01)
+
+
 def test_wrapper_protocol_and_pictures(place, whole):
     folder = place.folder / "whole"
     content = json.loads((folder / "inference/shapes_refexp_val/results.json").read_text())
@@ -186,6 +198,8 @@ def test_what_is_interrupted_goes_on_to_the_same_numbers(place, whole, end, befo
     if workers:
         # As a terminal does: every process hears of it.
         os.killpg(process.pid, end)
+        if before > 1:
+            insist(process, end)
     else:
         process.send_signal(end)
     if end == signal.SIGINT:
