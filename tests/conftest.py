@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from pathlib import Path
 
@@ -13,6 +14,17 @@ def hear_ctrl_c():
     """Shells start background jobs deaf to SIGINT, and so would be what the tests interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def loggers_stay():
+    """Runs inside of a test set up loggers for their files; the next test finds them as before."""
+    loggers = [logging.getLogger(name) for name in ("fiber_d2", "detectron2", "fvcore")]
+    before = [(log.level, log.propagate, list(log.handlers)) for log in loggers]
+    yield
+    for log, (level, propagate, handlers) in zip(loggers, before):
+        log.setLevel(level)
+        log.propagate, log.handlers = propagate, handlers
 
 
 TINY_CONFIG = """

@@ -227,6 +227,23 @@ def test_what_is_interrupted_goes_on_to_the_same_numbers(place, whole, end, befo
     assert not list(folder.glob("inference/*/partial*"))
 
 
+def test_a_second_interrupt_does_not_wait(place):
+    process = place("twice", processes=2, workers=1, slow=60)
+    batches = place.folder / "twice" / "inference" / "shapes_detection_val"
+    deadline = time.monotonic() + 120
+    while not batches.exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, err = finish(process, 130)
+    assert time.monotonic() - began < 30
+    assert err.count("\n") == 1
+
+
 def test_two_processes_score_what_one_scores(place, whole):
     finish(place("two", "--skip-self-check", "--vis", 2, processes=2))
     folder = place.folder / "two"
