@@ -128,7 +128,7 @@ def calibrate(model: FIBER, outputs: Outputs, prompt: Prompt) -> None:
 
 def compare(found: torch.Tensor, expected: torch.Tensor, what: str) -> float:
     """The largest difference over the largest number; more than the tolerance ends the program."""
-    worst = float((found - expected).abs().max() / expected.abs().max())
+    worst = float(((found - expected).abs().max() / expected.abs().max()).detach())
     if not worst <= TOLERANCE:
         raise SystemExit(f"{what}: product and reference differ by {worst:.1e}, nothing to time")
     return worst

@@ -18,7 +18,7 @@ from torch import nn
 from fiber_d2.layers import LayerNorm, Linear, call_block
 
 from .pairs import of_pairs
-from .windows import shift_regions, window_attention, window_partition, window_reverse
+from .windows import from_windows, shift_regions, to_windows, window_attention
 
 NORM_EPS = 1e-5
 
@@ -130,22 +130,12 @@ class WindowAttention(nn.Module):
         :class:`TextToWindowAttention`."""
         height, width = x.shape[1:3]
         window, shift = self.window, self.shift
-        # Padding takes part in the attention: it is not masked.
-        x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
-        if shift:
-            x = torch.roll(x, (-shift, -shift), dims=(1, 2))
-        x = window_partition(x, window)
+        x = to_windows(x, window, shift)
         regions = shift_regions(*x.shape[1:3], window, shift, x.device) if shift else None
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        x = window_reverse(window_attention(qkv, self.position_bias(), regions), window)
-        if shift:
-            x = torch.roll(x, (shift, shift), dims=(1, 2))
-        # What follows is done token by token, so padding is of no more use. Of a view that is not
-        # contiguous torch would make one matrix product or several, as weights learn or not.
-        x = x[:, :height, :width]
-        if torch.compiler.is_compiling():  # whether there is padding must not be a condition there
-            x = x.clone(memory_format=torch.contiguous_format)
-        x = self.proj(x.contiguous())
+        x = window_attention(qkv, self.position_bias(), regions)
+        # What follows is done token by token, so padding is of no more use.
+        x = self.proj(from_windows(x, window, shift, height, width))
         if self.text_attention is None:
             return x
         return self.text_attention(x, text, text_mask, image_index)

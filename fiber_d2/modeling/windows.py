@@ -7,6 +7,8 @@ Letters: B maps of H x W tokens, both multiples of the window; R x S windows of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -21,6 +23,105 @@ def window_reverse(x: torch.Tensor, window: int) -> torch.Tensor:
     """Inverse of :func:`window_partition`."""
     x = x.unflatten(3, (window, window)).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)
+
+
+def to_windows(x: torch.Tensor, window: int, shift: int) -> torch.Tensor:
+    """``(B, H, W, C)`` of any H and W to ``(B, R, S, N, C)``, padded with zeros and shifted.
+
+    Padding takes part in the attention: it is not masked.
+
+    Args:
+        window: side in tokens.
+        shift: by which the map is rolled up and left, 0 for none.
+    """
+    if _is_one_operator():
+        return torch.ops.fiber_d2.to_windows(x, window, shift)
+    return _to_windows(x, window, shift)
+
+
+def from_windows(x: torch.Tensor, window: int, shift: int, height: int, width: int) -> torch.Tensor:
+    """Inverse of :func:`to_windows`, without the padding: contiguous ``(B, height, width, C)``."""
+    if _is_one_operator():
+        return torch.ops.fiber_d2.from_windows(x, window, shift, height, width)
+    return _from_windows(x, window, shift, height, width)
+
+
+def _is_one_operator() -> bool:
+    """Whether torch.compile is at work, which has to think for minutes about what a shift, windows
+    and sizes that may vary make of an index; not for exported programs, which have to do without
+    the operators."""
+    return (
+        _HAS_OPERATORS
+        and torch.compiler.is_dynamo_compiling()
+        and not torch.compiler.is_exporting()
+    )
+
+
+def _to_windows(x: torch.Tensor, window: int, shift: int) -> torch.Tensor:
+    height, width = x.shape[1:3]
+    x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
+    if shift:
+        x = torch.roll(x, (-shift, -shift), dims=(1, 2))
+    return window_partition(x, window)
+
+
+def _from_windows(
+    x: torch.Tensor, window: int, shift: int, height: int, width: int
+) -> torch.Tensor:
+    x = window_reverse(x, window)
+    if shift:
+        x = torch.roll(x, (shift, shift), dims=(1, 2))
+    x = x[:, :height, :width]
+    # Of a view that is not contiguous torch would make one matrix product or several, as weights
+    # learn or not. Whether there was padding must not be a condition of a graph for all sizes.
+    return _clone(x) if torch.compiler.is_compiling() else x.contiguous()
+
+
+def _clone(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+# torch before 2.7 does not tell whether it exports, and then compiles the parts one by one.
+_HAS_OPERATORS = hasattr(torch.library, "custom_op") and hasattr(torch.compiler, "is_exporting")
+
+if _HAS_OPERATORS:
+
+    @torch.library.custom_op("fiber_d2::to_windows", mutates_args=())
+    def _to_windows_operator(x: torch.Tensor, window: int, shift: int) -> torch.Tensor:
+        # What an operator returns may not share memory with what it was given.
+        return _clone(_to_windows(x, window, shift))
+
+    @torch.library.custom_op("fiber_d2::from_windows", mutates_args=())
+    def _from_windows_operator(
+        x: torch.Tensor, window: int, shift: int, height: int, width: int
+    ) -> torch.Tensor:
+        return _clone(_from_windows(x, window, shift, height, width))
+
+    @_to_windows_operator.register_fake
+    def _(x: torch.Tensor, window: int, shift: int) -> torch.Tensor:
+        batch, height, width, dim = x.shape
+        grid = (height + window - 1) // window, (width + window - 1) // window
+        return x.new_empty(batch, *grid, window * window, dim)
+
+    @_from_windows_operator.register_fake
+    def _(x: torch.Tensor, window: int, shift: int, height: int, width: int) -> torch.Tensor:
+        return x.new_empty(len(x), height, width, x.shape[-1])
+
+    # Each one puts tokens into other places, and zeros elsewhere: its gradient is the other one.
+
+    def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, *ctx.numbers = inputs
+        ctx.size = x.shape[1:3]
+
+    def _to_windows_backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        return _from_windows_operator(gradient, *ctx.numbers, *ctx.size), None, None
+
+    def _from_windows_backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        window, shift, *_ = ctx.numbers
+        return _to_windows_operator(gradient, window, shift), None, None, None, None
+
+    _to_windows_operator.register_autograd(_to_windows_backward, setup_context=_remember)
+    _from_windows_operator.register_autograd(_from_windows_backward, setup_context=_remember)
 
 
 def shift_regions(

@@ -1,11 +1,27 @@
 """Window attention against its definition, token by token, in float64."""
 
+import shutil
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fiber_d2.modeling.swin import WindowAttention
-from fiber_d2.modeling.windows import shift_regions, window_partition, window_reverse
+from fiber_d2.modeling.swin import SwinBlock, WindowAttention
+from fiber_d2.modeling.windows import (
+    _HAS_OPERATORS,
+    from_windows,
+    shift_regions,
+    to_windows,
+    window_partition,
+    window_reverse,
+)
+
+needs_operators = pytest.mark.skipif(
+    not _HAS_OPERATORS, reason="torch older than 2.7 compiles windows without these operators"
+)
 
 HEADS, DIM = 2, 12
 # One window; one row; one column; padding on one side, on both, on none.
@@ -126,6 +142,50 @@ def test_partition_and_its_inverse():
     assert windows.shape == (2, 2, 3, 9, 4)
     assert torch.equal(windows[1, 1, 2].view(3, 3, 4), x[1, 3:6, 6:9])
     assert torch.equal(window_reverse(windows, 3), x)
+
+
+@needs_operators
+@settings(max_examples=30, deadline=None)
+@given(*[st.integers(1, 9)] * 2, st.integers(1, 4), st.integers(0, 3))
+def test_windows_as_operators_of_their_own(height, width, window, shift):
+    """What torch.compile sees: the same numbers, sizes without numbers, and gradients."""
+    shift = min(shift, window - 1)
+    x = torch.randn(2, height, width, 3, dtype=torch.float64, requires_grad=True)
+    found = torch.ops.fiber_d2.to_windows(x, window, shift)
+    assert torch.equal(found, to_windows(x, window, shift))
+    back = torch.ops.fiber_d2.from_windows(found, window, shift, height, width)
+    assert torch.equal(back, x)
+    assert torch.equal(back, from_windows(found, window, shift, height, width))
+    windows = torch.randn_like(found).requires_grad_()
+    for operator, arguments in (
+        (torch.ops.fiber_d2.to_windows, (x, window, shift)),
+        (torch.ops.fiber_d2.from_windows, (windows, window, shift, height, width)),
+    ):
+        torch.library.opcheck(operator, arguments)
+        assert torch.autograd.gradcheck(operator, arguments)
+
+
+@needs_operators
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler, g++")
+def test_inductor_compiles_a_shifted_block_for_all_sizes():
+    torch.compiler.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    block = SwinBlock(dim=16, num_heads=2, window=3, shift=1)
+    compiled = torch.compile(block, dynamic=True, fullgraph=True)
+    for number, (height, width) in enumerate([(10, 14), (17, 11)]):
+        x = torch.randn(2, height, width, 16)
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            found = compiled(x)
+        assert counters["stats"]["unique_graphs"] == 1
+        gradients = []
+        for output in (found, block(x)):
+            block.zero_grad()
+            output.square().mean().backward()
+            gradients.append([parameter.grad.clone() for parameter in block.parameters()])
+        torch.testing.assert_close(found, block(x))
+        torch.testing.assert_close(*gradients)
 
 
 def test_only_the_edge_mixes_regions():
