@@ -105,7 +105,7 @@ if _HAS_OPERATORS:
 
     @_from_windows_operator.register_fake
     def _(x: torch.Tensor, window: int, shift: int, height: int, width: int) -> torch.Tensor:
-        return x.new_empty(len(x), height, width, x.shape[-1])
+        return x.new_empty(x.shape[0], height, width, x.shape[-1])
 
     # Each one puts tokens into other places, and zeros elsewhere: its gradient is the other one.
 

@@ -174,8 +174,8 @@ def test_inductor_compiles_a_shifted_block_for_all_sizes():
     torch.manual_seed(0)
     block = SwinBlock(dim=16, num_heads=2, window=3, shift=1)
     compiled = torch.compile(block, dynamic=True, fullgraph=True)
-    for number, (height, width) in enumerate([(10, 14), (17, 11)]):
-        x = torch.randn(2, height, width, 16)
+    for number, (batch, height, width) in enumerate([(2, 10, 14), (3, 17, 11)]):
+        x = torch.randn(batch, height, width, 16)
         with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
             found = compiled(x)
         assert counters["stats"]["unique_graphs"] == 1
