@@ -139,6 +139,17 @@ def start_up_table(report: dict[str, Any]) -> str:
     return markdown(["program", "seconds", "processor seconds"], rows)
 
 
+def compiled_table(report: dict[str, Any]) -> str:
+    rows = [
+        [case, found["image"], f"{found['first_pass_seconds']:.0f}"]
+        + [with_spread(seconds, 3) for seconds in found["seconds"].values()]
+        for case, found in report["results"].items()
+    ]
+    kinds = next(iter(report["results"].values()))["seconds"]
+    head = ["model", "image", "first pass, s", *(f"{kind}, s" for kind in kinds)]
+    return f"{report['repeats']} rounds.\n\n" + markdown(head, rows)
+
+
 def export_table(report: dict[str, Any]) -> str:
     results = report["results"]
     names = [
@@ -178,6 +189,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "lvis_scoring": lvis_scoring_table,
     "flickr_scoring": flickr_scoring_table,
     "export": export_table,
+    "compiled": compiled_table,
     "start_up": start_up_table,
 }
 

@@ -45,6 +45,20 @@ def test_a_script_gets_its_options():
     assert "--check" in done.stdout
 
 
+@pytest.mark.slow
+def test_compiled_and_not_are_compared(load, tmp_path):
+    """With a backend that compiles nothing."""
+    out = tmp_path / "compiled.json"
+    run("compiled", "--backend=eager", "--cases=quickstart", "--repeats=1", f"--out={out}")
+    report = json.loads(out.read_text())
+    assert report["command"].startswith("python -m benchmarks compiled --backend=eager ")
+    found = report["results"]["quickstart"]
+    assert max(found["largest_relative_differences"].values()) < 1e-5
+    assert found["first_pass_seconds"] > found["seconds"]["eager"]["median"] > 0
+    table = load("table").compiled_table(report)
+    assert "| quickstart | 256x320 |" in table and "| as it is, s | eager, s |" in table
+
+
 def test_tables_of_the_documentation_are_those_of_the_results(load):
     table = load("table")
     document = table.DOCUMENT.read_text("utf-8")
