@@ -86,16 +86,21 @@ _HAS_OPERATORS = hasattr(torch.library, "custom_op") and hasattr(torch.compiler,
 
 if _HAS_OPERATORS:
 
+    def _unshared(found: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """Contiguous; what an operator returns may not be a view of what it was given."""
+        if found.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
+            return _clone(found)
+        return found.contiguous()
+
     @torch.library.custom_op("fiber_d2::to_windows", mutates_args=())
     def _to_windows_operator(x: torch.Tensor, window: int, shift: int) -> torch.Tensor:
-        # What an operator returns may not share memory with what it was given.
-        return _clone(_to_windows(x, window, shift))
+        return _unshared(_to_windows(x, window, shift), x)
 
     @torch.library.custom_op("fiber_d2::from_windows", mutates_args=())
     def _from_windows_operator(
         x: torch.Tensor, window: int, shift: int, height: int, width: int
     ) -> torch.Tensor:
-        return _clone(_from_windows(x, window, shift, height, width))
+        return _unshared(_from_windows(x, window, shift, height, width), x)
 
     @_to_windows_operator.register_fake
     def _(x: torch.Tensor, window: int, shift: int) -> torch.Tensor:
