@@ -198,7 +198,7 @@ def test_what_is_interrupted_goes_on_to_the_same_numbers(place, whole, end, befo
     if workers:
         # As a terminal does: every process hears of it.
         os.killpg(process.pid, end)
-        if before > 1:
+        if before > 1 and sys.platform == "linux":  # children are read from /proc
             insist(process, end)
     else:
         process.send_signal(end)

@@ -1,8 +1,10 @@
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import util
 
 import pytest
 import torch.multiprocessing as mp
@@ -77,8 +79,6 @@ class InterruptsItsEnd:
     """Ctrl-C comes while an object is put away."""
 
     def __init__(self):
-        from multiprocessing import util
-
         util.Finalize(self, interrupt, exitpriority=1)
 
 
@@ -121,15 +121,11 @@ def test_children_that_do_not_hear_end_as_well(monkeypatch):
 
 
 def tell_start_method(queue):
-    import multiprocessing
-
     queue.put(multiprocessing.get_start_method())
 
 
 @pytest.mark.slow
 def test_processes_start_others_as_their_parent_does():
-    import multiprocessing
-
     queue = mp.get_context("spawn").SimpleQueue()
     launch(tell_start_method, num_processes=2, args=(queue,))
     assert [queue.get(), queue.get()] == [multiprocessing.get_start_method()] * 2
